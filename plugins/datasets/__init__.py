@@ -1,0 +1,1 @@
+"""Data sets: each loads a population of clients with their events."""

@@ -1,0 +1,1 @@
+"""Models: what is predicted, and where each table and tower lives."""

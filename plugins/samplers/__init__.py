@@ -1,0 +1,1 @@
+"""Samplers: which clients take part in a round."""

@@ -1,0 +1,1 @@
+"""Server optimisers: the total of a round to new parameters."""

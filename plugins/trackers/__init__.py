@@ -1,0 +1,1 @@
+"""Trackers: where a run's figures go besides the terminal."""

@@ -1,0 +1,1 @@
+"""Transforms: steps on updates, on the client, on arrival and on the total."""

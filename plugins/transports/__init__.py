@@ -1,0 +1,1 @@
+"""Transports: how a plan reaches a cohort and its updates come back."""
