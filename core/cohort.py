@@ -1,0 +1,47 @@
+"""Cohort: the clients of one round, and the seam that chooses them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtower.core.draws import Draws
+from fedtower.core.errors import FedtowerError
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The clients of one round, sorted and distinct.
+
+    Shape:
+        ``clients`` (C,), each in 0 .. population-1.
+    """
+
+    round: int
+    clients: IntArray
+    population: int
+
+    def __post_init__(self) -> None:
+        if len(self.clients) and not (
+            self.clients[0] >= 0 and self.clients[-1] < self.population and np.all(np.diff(self.clients) > 0)
+        ):
+            raise FedtowerError(
+                f"the cohort of round {self.round} must be sorted, distinct clients from 0 to {self.population - 1}, but it holds "
+                f"{self.clients[:5].tolist()}...; what chose it (a sampler, or a plugin's select_clients) is at fault"
+            )
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+
+class Sampler(Protocol):
+    """Chooses who takes part: the same draws give the same cohort."""
+
+    def sample(self, round: int, population: int, draws: Draws) -> Cohort:
+        """The cohort of ``round`` out of clients 0 .. population-1."""
+        ...

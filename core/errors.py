@@ -1,0 +1,82 @@
+"""Errors that tell their reader what was expected, what came, and what to do; each kind has its exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FedtowerError(Exception):
+    """Anything fedtower refuses on purpose. The command line prints its message as one paragraph, without a traceback."""
+
+    exit_code = 1
+
+
+class RecipeError(FedtowerError):
+    """A recipe, an override or an option asks for something that does not exist or does not fit."""
+
+    exit_code = 2
+
+
+class DataError(FedtowerError):
+    """A data set is missing, broken, or not what its layout promises."""
+
+    exit_code = 3
+
+
+class LeakError(DataError):
+    """A held-out item reached training: every figure of such a run would be worthless."""
+
+
+class PluginError(FedtowerError):
+    """A plugin is broken, blocked, or offers what somebody else already offers."""
+
+    exit_code = 4
+
+
+class CheckpointError(FedtowerError):
+    """A checkpoint or run folder is damaged or belongs to something else."""
+
+    exit_code = 5
+
+
+class StorageError(FedtowerError):
+    """The disk said no: read-only, full, or no permission."""
+
+    exit_code = 6
+
+
+class MissingDependency(FedtowerError):
+    """A part needs a library that is not installed; the message names the extra that brings it."""
+
+    exit_code = 7
+
+
+class UpdateError(FedtowerError):
+    """A client's update, or a total, cannot be used."""
+
+    exit_code = 8
+
+
+class ShapeMismatch(UpdateError):
+    """An array does not have the shape that the plan asked for."""
+
+
+class RowsNotSupported(UpdateError):
+    """An aggregator cannot fold embedding rows."""
+
+    def __init__(self, aggregator: str, tables: Iterable[str], try_instead: str) -> None:
+        super().__init__(
+            f"the aggregator {aggregator!r} folds dense parameters only, but the updates hold rows of "
+            f"{', '.join(tables)}; set aggregator.name = {try_instead!r}, or train no rows (rows.train = \"frozen\")"
+        )
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the closest choice, or nothing.
+
+    >>> nearest("medain", ["fedavg", "median"])
+    " (did you mean 'median'?)"
+    """
+    close = get_close_matches(word, list(choices), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

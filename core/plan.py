@@ -1,0 +1,83 @@
+"""Plan: what a cohort is sent, and the settings of a client's visit that are in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtower.core.errors import RecipeError
+
+FloatArray = NDArray[np.float32]
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """What a client does in one visit."""
+
+    steps: int | None = field(default=None, metadata={"help": "training steps a visit; or give epochs"})
+    epochs: int | None = field(default=None, metadata={"help": "passes over the client's examples a visit; or give steps"})
+    batch_size: int = field(default=32, metadata={"help": "examples a step"})
+    optimizer: Literal["sgd"] = field(default="sgd", metadata={"help": "the device's optimiser"})
+    lr: float = field(default=1.0, metadata={"help": "learning rate of the towers on the device"})
+    row_lr: float | None = field(default=None, metadata={"help": "learning rate of the fetched rows on the device; none: lr"})
+    loss: Literal["sampled_softmax", "bce", "in_batch_softmax"] = field(
+        default="sampled_softmax", metadata={"help": "the training loss; in_batch_softmax in standalone mode only"}
+    )
+    negatives: int = field(default=200, metadata={"help": "items drawn uniformly a step that the user did not choose"})
+    history_length: int = field(default=100, metadata={"help": "at most this many events before a target"})
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise RecipeError("[local] needs either steps or epochs, and not both; steps = 1 is one batch a visit")
+        for name in ("steps", "epochs", "batch_size", "history_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"local.{name} must be at least 1, not {value}")
+        if self.negatives < 1 and self.loss != "in_batch_softmax":
+            raise RecipeError(f"local.negatives must be at least 1 for the loss {self.loss!r}: positives alone teach nothing")
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """The cloud's part: who trains it, and how."""
+
+    train: Literal["device_updates", "frozen"] = field(
+        default="device_updates", metadata={"help": "what trains the cloud's tables and towers; frozen: nothing does"}
+    )
+    average: Literal["cohort", "touched"] = field(
+        default="cohort", metadata={"help": "divide a row's summed deltas by the whole cohort's weight, or by that of its touchers"}
+    )
+    optimizer: Literal["rowwise_adagrad", "sgd"] = field(default="rowwise_adagrad", metadata={"help": "the tables' optimiser"})
+    lr: float = field(default=0.1, metadata={"help": "the tables' learning rate"})
+    eps: float = field(default=1e-8, metadata={"help": "rowwise Adagrad's epsilon"})
+    tower_lr: float = field(default=0.005, metadata={"help": "learning rate (Adam) of the cloud's towers"})
+
+
+@dataclass(frozen=True)
+class StandaloneSettings:
+    """How the same model is trained centrally."""
+
+    epochs: int = field(default=25, metadata={"help": "passes over all users"})
+    users_per_batch: int = field(default=64, metadata={"help": "users a step, each with local.batch_size targets"})
+    lr: float = field(default=0.002, metadata={"help": "learning rate (Adam) of the towers"})
+    row_lr: float = field(default=0.1, metadata={"help": "learning rate of the tables (optimiser: rows.optimizer)"})
+    decay: Literal["none", "linear"] = field(default="linear", metadata={"help": "how the learning rates fall over the epochs"})
+    decay_to: float = field(default=0.1, metadata={"help": "the share of the learning rates that is left at the end"})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a cohort is sent: the round, the shared parameters, and what to do with them."""
+
+    round: int
+    parameters: Mapping[str, FloatArray]
+    local: LocalSettings
+    train_rows: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the shared parameters: what every client of the cohort is sent."""
+        return sum(value.nbytes for value in self.parameters.values())

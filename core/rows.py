@@ -1,0 +1,97 @@
+"""RowStore: rows by id for tables that stay in the cloud, and the arithmetic of rows that every runtime shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RowIds:
+    """The rows that each of C clients needs, jagged, sorted and distinct within a client.
+
+    Shape:
+        ``offsets`` (C+1,), ``ids`` (R,).
+    """
+
+    offsets: IntArray
+    ids: IntArray
+
+    def of(self, position: int) -> IntArray:
+        """The row ids of the client at ``position``."""
+        return self.ids[self.offsets[position] : self.offsets[position + 1]]
+
+
+class RowStore(Protocol):
+    """Cloud tables and cloud towers, seen as rows by id."""
+
+    @property
+    def generation(self) -> int:
+        """How many times the store has been stepped."""
+        ...
+
+    def fetch(self, source: str, ids: IntArray) -> FloatArray:
+        """The rows of ``ids``, (n, D). Raises RowOutOfRange for an id that the source does not have."""
+        ...
+
+    def apply(self, deltas: Mapping[str, tuple[IntArray, FloatArray]], lr_scale: float) -> None:
+        """Step the tables (and towers) towards ``deltas[source] = (ids (n,), row deltas (n, D))``, ids distinct."""
+        ...
+
+    def snapshot(self) -> Mapping[str, NDArray[np.generic]]:
+        """Everything that a later :meth:`restore` needs to continue bit for bit."""
+        ...
+
+    def restore(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+        """Continue from a snapshot."""
+        ...
+
+
+def localise(ids: IntArray) -> tuple[RowIds, IntArray]:
+    """The distinct ids of each client and, in the shape of ``ids``, where each stands among them.
+
+    Shape:
+        ``ids`` (C, n) -> :class:`RowIds`, (C, n) positions within the client's own rows.
+    """
+    count, width = ids.shape
+    order = np.argsort(ids, axis=1, kind="stable")
+    ordered = np.take_along_axis(ids, order, axis=1)
+    first = np.ones_like(ids, dtype=bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    local = np.empty_like(ids)
+    np.put_along_axis(local, order, np.cumsum(first, axis=1) - 1, axis=1)
+    offsets = np.concatenate([[0], np.cumsum(first.sum(axis=1))]).astype(np.int64)
+    return RowIds(offsets, ordered[first] if width else np.zeros(0, dtype=np.int64)), local
+
+
+def sum_duplicates(ids: IntArray, values: FloatArray) -> tuple[IntArray, FloatArray]:
+    """The distinct ids, sorted, and the sum of the values of each, in order of appearance.
+
+    Shape:
+        ``ids`` (n,), ``values`` (n, D) -> (m,), (m, D)
+    """
+    order = np.argsort(ids, kind="stable")
+    ordered = ids[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(ids) else np.zeros(0, dtype=np.int64)
+    if not len(ids):
+        return ids, values
+    return ordered[starts], np.add.reduceat(values[order], starts, axis=0)
+
+
+def step_rows(rows: FloatArray, local_ids: IntArray, gradients: FloatArray, lr: float) -> FloatArray:
+    """The device's copy of its rows after one step of gradient descent; duplicates among the slots are summed first.
+
+    Shape:
+        ``rows`` (R, D), ``local_ids`` (n,) into them, ``gradients`` (n, D) -> (R, D), a new array
+    """
+    touched, summed = sum_duplicates(local_ids, gradients)
+    stepped = rows.copy()
+    stepped[touched] -= np.float32(lr) * summed
+    return stepped

@@ -1,0 +1,24 @@
+"""Transport: the seam that reaches a cohort and yields its updates as they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtower.core.cohort import Cohort
+from fedtower.core.draws import Draws
+from fedtower.core.plan import Plan
+from fedtower.core.updates import Updates
+
+Visit = Callable[[Plan, NDArray[np.int64]], Updates]
+
+
+class Transport(Protocol):
+    """Exchanges a plan for updates. A client whose update never comes is simply missing from the blocks."""
+
+    def exchange(self, plan: Plan, cohort: Cohort, visit: Visit, draws: Draws) -> Iterator[Updates]:
+        """Blocks of updates, lazily, as they come; ``visit`` is the client's half, for transports that run it here."""
+        ...

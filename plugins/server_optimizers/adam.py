@@ -1,0 +1,59 @@
+"""FedAdam: Adam on the server, with the mean delta as its gradient.
+
+Reddi et al., 2021, https://arxiv.org/abs/2003.00295, algorithm 2, here with the bias correction of Kingma and Ba, 2015,
+https://arxiv.org/abs/1412.6980, which the former leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtower.core.errors import RecipeError
+from fedtower.core.hooks import hookimpl
+from fedtower.core.registry import Registry
+
+Parameters = Mapping[str, NDArray[np.float32]]
+State = Mapping[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class Adam:
+    r"""``x + lr m / (sqrt(v) + eps)``, the moments ``m`` and ``v`` bias-corrected."""
+
+    beta1: float = field(default=0.9, metadata={"help": "decay of the first moment"})
+    beta2: float = field(default=0.99, metadata={"help": "decay of the second moment"})
+    eps: float = field(default=1e-8, metadata={"help": "added to the root of the second moment"})
+
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise RecipeError(f"server.{name} must be from 0 to below 1, not {getattr(self, name)}")
+        if self.eps <= 0:
+            raise RecipeError(f"server.eps must be positive, not {self.eps}")
+
+    def init(self, parameters: Parameters) -> State:
+        zeros = {f"{moment}/{name}": np.zeros_like(value) for name, value in parameters.items() for moment in "mv"}
+        return {**zeros, "steps": np.zeros((), dtype=np.int64)}
+
+    def update(self, parameters: Parameters, delta: Parameters, state: State, lr: float) -> tuple[Parameters, State]:
+        steps = int(state["steps"]) + 1
+        after: dict[str, NDArray[np.generic]] = {"steps": np.asarray(steps, dtype=np.int64)}
+        moved = {}
+        for name, value in parameters.items():
+            m = self.beta1 * state[f"m/{name}"] + (1 - self.beta1) * delta[name]
+            v = self.beta2 * state[f"v/{name}"] + (1 - self.beta2) * delta[name] ** 2
+            after[f"m/{name}"], after[f"v/{name}"] = m.astype(np.float32), v.astype(np.float32)
+            step = m / (1 - self.beta1**steps) / (np.sqrt(v / (1 - self.beta2**steps)) + self.eps)
+            moved[name] = (value + lr * step).astype(np.float32)
+        return moved, after
+
+
+@hookimpl
+def fedtower_register(registry: Registry) -> None:
+    registry.server_optimizer(
+        "adam", "fedtower.plugins.server_optimizers.adam:Adam", summary="Adam with the mean delta as its gradient"
+    )
