@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -301,12 +301,12 @@ class SplitParts:
 
     def where(self, role: int) -> BoolArray:
         """Which events have this role, ``(E,)``."""
-        return self.role == role
+        return np.asarray(self.role == role)
 
 
 @dataclass(frozen=True)
 class Split:
-    """A rule that gives every event its role, the same whatever block the event is asked for in. Made by `make_split`."""
+    """A rule that gives every event its role, whatever block the event is asked for in; `make_split` makes one."""
 
     kind: SplitKind
     validation: bool
@@ -379,13 +379,13 @@ def make_split(
 
     * ``leave_one_out``: a client's last event is test; with ``validation`` the one before it is validation.
     * ``leave_two_out``: the last event is test and the one before it validation, always.
-    * ``time``: events after a global quantile of time are test: the newest ``test_fraction``; with ``validation`` the same
-      share before them is validation.
+    * ``time``: events after a global quantile of time are test: the newest ``test_fraction``; with ``validation`` the
+      same share before them is validation.
     * ``random``: each event is test with probability ``test_fraction``, and validation with the same.
     * ``ncf``: the test item is the one that came with the data; with ``validation`` the newest other one is validation.
 
-    A client with fewer than ``min_events`` events keeps them all in training and has no test case: by default as many as
-    are held out, and one more. (Not by time, where keeping later events in training would be a leak.)
+    A client with fewer than ``min_events`` events keeps them all in training and has no test case: by default as many
+    as are held out, and one more. (Not by time, where keeping later events in training would be a leak.)
 
     Raises:
         RecipeError: an unknown kind, or a fraction that leaves nothing to train on.
@@ -396,8 +396,8 @@ def make_split(
     validation = validation or kind == "leave_two_out"
     if kind in ("time", "random") and not 0 < test_fraction * (1 + validation) < 1:
         raise RecipeError(
-            f"data.test_fraction = {test_fraction} leaves nothing to train on or nothing to test; expected more than 0 and, "
-            f"with {'a validation and a test share' if validation else 'one test share'}, less than {1 / (1 + validation)}"
+            f"data.test_fraction = {test_fraction} leaves nothing to train on or nothing to test; expected more than 0 "
+            f"and less than {1 / (1 + validation)}{', as validation takes as much again' if validation else ''}"
         )
     edges = (np.inf, np.inf)
     if kind == "time":
@@ -406,7 +406,7 @@ def make_split(
         raise _no_given_split(population)
     # One training event is enough where nothing has to come first.
     least = 2 + (validation and kind != "random") if min_events is None else min_events
-    return Split(kind, validation, test_fraction, draws, least, population, edges)  # type: ignore[arg-type]
+    return Split(kind, validation, test_fraction, draws, least, population, edges)
 
 
 @dataclass(frozen=True, eq=False)
@@ -521,8 +521,8 @@ def _time_edges(population: Population, held: float, test: float, draws: Draws) 
     """The times after which events are validation, and test: quantiles over the events of at most 20,000 clients."""
     if population.card.first_time is None:
         raise DataError(
-            f"data.split = 'time' needs real times, but the times of {population.card.name!r} only order each user's own "
-            "events; use 'leave_one_out' or 'leave_two_out'"
+            f"data.split = 'time' needs real times, but the times of {population.card.name!r} only order each user's "
+            "own events; use 'leave_one_out' or 'leave_two_out'"
         )
     clients = np.arange(population.num_clients, dtype=np.int64)
     if len(clients) > _QUANTILE_CLIENTS:
@@ -535,8 +535,8 @@ def _time_edges(population: Population, held: float, test: float, draws: Draws) 
 
 def _no_given_split(population: Population) -> DataError:
     return DataError(
-        f"data.split = 'ncf' needs test items and negatives that come with the data, and {population.card.name!r} has none; "
-        "for movielens 1m put ncf.test.rating, ncf.test.negative and ncf_item_map.csv beside ratings.dat, "
+        f"data.split = 'ncf' needs test items and negatives that come with the data, and {population.card.name!r} has "
+        "none; for movielens 1m put ncf.test.rating, ncf.test.negative and ncf_item_map.csv beside ratings.dat, "
         "or use 'leave_one_out'"
     )
 
@@ -551,4 +551,4 @@ def _last_of_each_pair(client_rows: IntArray, item_rows: IntArray, num_items: in
 
 
 def _date(seconds: int | None) -> str | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, timezone.utc).isoformat()
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat()

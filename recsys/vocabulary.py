@@ -36,7 +36,7 @@ class Vocabulary:
             raise ValueError(f"a vocabulary of {self.noun}s is a list of ids, but its shape is {self.ids.shape}")
         if self._ranked.size > 1 and bool((self._ranked[1:] == self._ranked[:-1]).any()):
             twice = self._ranked[1:][self._ranked[1:] == self._ranked[:-1]][0]
-            raise DataError(f"the {self.noun} id {str(twice)!r} is there twice; every row of a table needs an id of its own")
+            raise DataError(f"the {self.noun} id {str(twice)!r} is there twice; every table row needs an id of its own")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -47,7 +47,9 @@ class Vocabulary:
         if found < 0:
             hint = nearest(str(raw), (str(known) for known in self.ids[:20_000]))
             example = f"; the first is {str(self.ids[0])!r}" if len(self) else ""
-            raise DataError(f"there is no {self.noun} {str(raw)!r} among the {len(self):,} {self.noun}s of this data{hint}{example}")
+            raise DataError(
+                f"there is no {self.noun} {str(raw)!r} among the {len(self):,} {self.noun}s of this data{hint}{example}"
+            )
         return found
 
     def rows(self, raw: NDArray[Any]) -> IntArray:
