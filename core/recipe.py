@@ -1,0 +1,305 @@
+"""Recipe: a whole run as data. TOML in, strict keys, dotted overrides, and the same TOML out again."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from fedtower.core.discovery import Gate
+from fedtower.core.errors import MissingDependency, PluginError, RecipeError, nearest
+from fedtower.core.plan import LocalSettings, RowSettings, StandaloneSettings
+from fedtower.core.registry import Registry, discover
+from fedtower.core.settings import Part, build, plain
+
+__all__ = [
+    "CheckpointSettings",
+    "DataSection",
+    "EvaluationSettings",
+    "Part",
+    "PluginSection",
+    "Recipe",
+    "ServerSection",
+    "check",
+    "load_recipe",
+    "parse_recipe",
+]
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Which data set, and how it is split into training, validation and test."""
+
+    part: Part = field(metadata={"part": "name"})
+    split: Literal["leave_one_out", "leave_two_out", "time", "random", "ncf"] = field(
+        default="leave_one_out", metadata={"help": "what is held out of every user's events"}
+    )
+    test_fraction: float = field(default=0.2, metadata={"help": "share of the events held out by time or at random"})
+
+
+@dataclass(frozen=True)
+class ServerSection:
+    """The server's optimiser of the shared parameters; its learning rate and decay are also the rows'."""
+
+    part: Part = field(metadata={"part": "optimizer"})
+    lr: float = field(metadata={"help": "the server's learning rate"})
+    decay: Literal["none", "linear"] = field(
+        default="none", metadata={"help": "how learning rates fall over the rounds"}
+    )
+    decay_to: float = field(default=0.1, metadata={"help": "the share of the learning rates that is left at the end"})
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How the model is judged."""
+
+    protocol: Literal["sampled", "full"] = field(
+        default="sampled", metadata={"help": "rank among negatives, or all items"}
+    )
+    negatives: int = field(default=99, metadata={"help": "items that each held-out item is ranked among"})
+    k: tuple[int, ...] = field(default=(10,), metadata={"help": "lengths of the lists"})
+    every: int = field(default=20, metadata={"help": "rounds between evaluations on the validation items; 0: none"})
+    batch_size: int = field(default=512, metadata={"help": "users scored at a time; it changes no figure"})
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """What is kept of a run, so that it can go on after a kill."""
+
+    every: int = field(default=20, metadata={"help": "rounds between checkpoints"})
+    keep: int = field(default=2, metadata={"help": "how many checkpoints stay"})
+
+
+@dataclass(frozen=True)
+class PluginSection:
+    """Which plugins this run may use."""
+
+    allow: tuple[str, ...] = field(default=(), metadata={"help": "of the plugins of others, only these"})
+    block: tuple[str, ...] = field(default=(), metadata={"help": "none of these"})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. Every section is either plain settings or names a part, whose settings are the section's others."""
+
+    name: str
+    rounds: int
+    data: DataSection
+    model: Part
+    local: LocalSettings
+    cohort: Part
+    server: ServerSection
+    mode: Literal["simulated", "standalone"] = "simulated"
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = 1
+    rows: RowSettings = field(default_factory=RowSettings)
+    runtime: Part = field(default_factory=lambda: Part("torch_loop"))
+    transforms: tuple[Part, ...] = ()
+    aggregator: Part = field(default_factory=lambda: Part("fedavg"))
+    transport: Part = field(default_factory=lambda: Part("in_process"))
+    standalone: StandaloneSettings = field(default_factory=StandaloneSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    trackers: tuple[Part, ...] = ()
+    plugins: PluginSection = field(default_factory=PluginSection)
+
+    def __post_init__(self) -> None:
+        for path, value, least in (
+            ("rounds", self.rounds, 1),
+            ("threads", self.threads, 1),
+            ("evaluation.negatives", self.evaluation.negatives, 1),
+            ("evaluation.batch_size", self.evaluation.batch_size, 1),
+            ("evaluation.every", self.evaluation.every, 0),
+            ("checkpoint.every", self.checkpoint.every, 1),
+            ("checkpoint.keep", self.checkpoint.keep, 1),
+        ):
+            if value < least:
+                raise RecipeError(f"{path} must be at least {least}, but is {value}")
+        if not self.evaluation.k or min(self.evaluation.k) < 1:
+            raise RecipeError(
+                f"evaluation.k must be list lengths from 1 on, such as [10], but is {list(self.evaluation.k)}"
+            )
+        if not 0.0 < self.data.test_fraction < 1.0:
+            raise RecipeError(f"data.test_fraction must be between 0 and 1, but is {self.data.test_fraction}")
+
+    def parts(self) -> list[tuple[str, str, Part]]:
+        """Every part that the recipe names: where it stands, its kind, and the part."""
+        return [
+            ("data", "dataset", self.data.part),
+            ("model", "model", self.model),
+            ("cohort", "sampler", self.cohort),
+            ("runtime", "runtime", self.runtime),
+            *((f"transforms.{i}", "transform", part) for i, part in enumerate(self.transforms)),
+            ("aggregator", "aggregator", self.aggregator),
+            ("server", "server_optimizer", self.server.part),
+            ("transport", "transport", self.transport),
+            *((f"trackers.{i}", "tracker", part) for i, part in enumerate(self.trackers)),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What TOML can hold; :func:`parse_recipe` makes an equal recipe of it."""
+        flat: dict[str, Any] = plain(self)
+        # TOML wants what belongs to no section first.
+        return dict(sorted(flat.items(), key=lambda item: isinstance(item[1], dict | list)))
+
+
+def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = (), registry: Registry | None = None) -> Recipe:
+    """The recipe of that name, or in that ``.toml`` file, with ``"dotted.key=value"`` overrides; checked whole.
+
+    Beside a file, its folder's ``fedtower_plugins.py`` counts. The recipe's own ``[plugins]`` restrict ``registry``.
+
+    Raises:
+        RecipeError: the recipe does not exist, or a key, a part or a value is not known; the message names the nearest.
+    """
+    registry = discover(folder=Path.cwd()) if registry is None else registry
+    text, origin = _read(name_or_path, registry)
+    overrides = list(overrides)
+    try:
+        values = override_values(tomllib.loads(text), overrides)
+        recipe = parse_recipe(values)
+        registry.restrict(Gate("the recipe's [plugins]", recipe.plugins.allow, recipe.plugins.block))
+        check(recipe, registry)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{origin} is not TOML: {error}") from error
+    except RecipeError as error:
+        raise RecipeError(f"{origin}{', with your -o,' if overrides else ''} cannot be run: {error}") from error
+    return recipe
+
+
+def parse_recipe(values: Mapping[str, Any]) -> Recipe:
+    """A recipe of these values. Its keys are checked, and its parts are not: that is :func:`check`."""
+    if values.get("mode") == "deployed":
+        raise RecipeError(
+            'mode = "deployed" is not there yet: this version runs "simulated" (federated, in one process) and '
+            '"standalone" (the same model trained centrally)'
+        )
+    return build(Recipe, values, path="")
+
+
+def check(recipe: Recipe, registry: Registry) -> None:
+    """Check that every part is offered and accepts its settings.
+
+    A part whose library is not installed is only looked up: a run that really needs it will say what is missing.
+    """
+    for path, kind, part in recipe.parts():
+        try:
+            registry.make(kind, part, path=path)
+        except MissingDependency:
+            continue
+
+
+def override_values(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """``values`` with every ``"dotted.key=value"`` set; a value is TOML, or else a string.
+
+    Naming another part drops the settings of the one it replaces, since they are not the new one's.
+
+    >>> override_values({"transforms": [{"name": "clip", "norm": 1.0}]}, ["transforms.0.norm=2"])
+    {'transforms': [{'name': 'clip', 'norm': 2}]}
+    >>> override_values({"server": {"optimizer": "adam", "beta1": 0.9, "lr": 0.1}}, ["server.optimizer=sgd"])
+    {'server': {'lr': 0.1, 'optimizer': 'sgd'}}
+    """
+    changed: dict[str, Any] = deepcopy(dict(values))
+    # Names first: a setting is of the part that is named in the end, in whatever order the two were typed.
+    for keys, value in sorted(map(_split_override, overrides), key=lambda override: not _names_part(override[0])):
+        _set(changed, keys, value)
+    return changed
+
+
+def _split_override(override: str) -> tuple[list[str], Any]:
+    key, equals, text = override.partition("=")
+    keys = key.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"an override is key=value, such as aggregator.name=median, but this is {override!r}")
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        parsed = {}
+    return keys, parsed["value"] if set(parsed) == {"value"} else text.strip()
+
+
+def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    place: Any = values
+    for depth, (key, following) in enumerate(pairwise(keys), start=1):
+        place = _enter(place, key, following, ".".join(keys[:depth]))
+    last, path = keys[-1], ".".join(keys)
+    if isinstance(place, list):
+        _enter(place, last, "", path)
+        place[int(last)] = value
+        return
+    if not isinstance(place, dict):
+        raise RecipeError(f"{path} cannot be set: {'.'.join(keys[:-1])} is {place!r}, which has nothing inside")
+    if _names_part(keys) and place.get(last) != value:
+        kept = {name: place[name] for name in place if name in _common_keys(keys[0])}
+        place.clear()
+        place.update(kept)
+    place[last] = value
+
+
+def _enter(place: Any, key: str, following: str, path: str) -> Any:
+    """What is at ``key``, made if it is not there: an entry may be appended to a list, and a section begun."""
+    if isinstance(place, list):
+        if not key.isdecimal() or int(key) > len(place):
+            raise RecipeError(f"{path} is not there: the list has {len(place)} entries, from 0 on")
+        if int(key) == len(place):
+            place.append({})
+        return place[int(key)]
+    if isinstance(place, dict):
+        return place.setdefault(key, [] if following.isdecimal() else {})
+    raise RecipeError(f"{path} is not there: what should hold it is {place!r}")
+
+
+def _names_part(keys: list[str]) -> bool:
+    section, last = _SECTIONS.get(keys[0]), keys[-1]
+    return (
+        section is not None and last == section[0] and len(keys) == (3 if keys[0] in ("transforms", "trackers") else 2)
+    )
+
+
+def _common_keys(section: str) -> tuple[str, ...]:
+    return _SECTIONS[section][1]
+
+
+def _sections() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """For each section that names a part: the key that does, and the keys that are not the part's."""
+    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+    for name, hint in get_type_hints(Recipe).items():
+        if hint in (Part, tuple[Part, ...]):
+            found[name] = ("name", ())
+        elif is_dataclass(hint):
+            part = next((f for f in fields(hint) if "part" in f.metadata), None)
+            if part is not None:
+                found[name] = (part.metadata["part"], tuple(f.name for f in fields(hint) if f is not part))
+    return found
+
+
+_SECTIONS = _sections()
+
+
+def _read(name_or_path: str | Path, registry: Registry) -> tuple[str, str]:
+    """The text of a recipe, and what to call it."""
+    path = Path(name_or_path)
+    if isinstance(name_or_path, str) and path.suffix != ".toml":
+        offer = registry.get("recipe", name_or_path)
+        package, _, file = offer.target.partition(":")
+        try:
+            return resources.files(package).joinpath(file).read_text("utf-8"), f"the recipe {offer.name}"
+        except (OSError, ModuleNotFoundError, UnicodeDecodeError) as error:
+            raise PluginError(
+                f"the recipe {offer.name!r} of {offer.origin} cannot be read from {offer.target}: {error}"
+            ) from error
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        names = [offer.name for offer in registry.offers("recipe")]
+        raise RecipeError(
+            f"the recipe {path} cannot be read ({error}); give a .toml file, or one of {', '.join(names) or 'no names'}"
+            f"{nearest(path.stem, names)}"
+        ) from error
+    registry.use_folder(path.parent)
+    return text, str(path)

@@ -1,0 +1,51 @@
+"""The recommender's own door: its kinds of part, its commands and its recipes."""
+
+from __future__ import annotations
+
+from fedtower.core.hooks import hookimpl
+from fedtower.core.registry import Kind, Registry
+
+KINDS = (
+    Kind(
+        "dataset",
+        "fedtower.recsys.history:Dataset",
+        "fedtower.recsys.testing.dataset:DatasetPromises",
+        "who touched what",
+    ),
+    Kind(
+        "model", "fedtower.recsys.models:Model", "fedtower.recsys.testing.model:ModelPromises", "towers, tables, a loss"
+    ),
+)
+
+COMMANDS = (
+    ("run", "commands:run", "train a recipe"),
+    ("resume", "commands:resume", "continue a run that was stopped"),
+    ("evaluate", "commands:evaluate", "measure a run's model again"),
+    ("recommend", "commands:recommend", "the top items for one user"),
+    ("recipes", "commands:recipes", "list the recipes that can be run by name"),
+    ("report", "report:report_command", "write one HTML page about one run or several"),
+    ("data", "data_command:data", "prepare a data set and show its card"),
+    ("doctor", "doctor:doctor", "say what is installed, and what is missing for what"),
+)
+
+RECIPES = (
+    ("dssm-synthetic", "a two-tower recommender on generated data; the first thing to run"),
+    ("dssm-ml-100k", "the same on MovieLens 100K"),
+    ("dssm-ml-1m", "the same on MovieLens 1M"),
+)
+
+
+@hookimpl
+def fedtower_kinds(registry: Registry) -> None:
+    """Declare the recommender's kinds."""
+    for kind in KINDS:
+        registry.declare(kind)
+
+
+@hookimpl
+def fedtower_register(registry: Registry) -> None:
+    """Offer the recommender's commands and recipes."""
+    for name, target, summary in COMMANDS:
+        registry.command(name, f"fedtower.recsys.{target}", summary=summary)
+    for name, summary in RECIPES:
+        registry.recipe(name, f"fedtower.recsys:recipes/{name}.toml", summary=summary)
