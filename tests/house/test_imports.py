@@ -1,0 +1,104 @@
+"""What may be imported where, looked at from fresh interpreters."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("core", "plugins", "protos", "recsys")
+
+HEAVY = {"torch", "torchrec", "fbgemm_gpu", "pandas", "pyarrow", "onnx", "faiss", "mlflow", "tensorboard"}
+NOT_ON_A_DEVICE = HEAVY | {"click", "rich"}
+
+# The command host and the commands that core offers itself.
+COMMAND_LINE = ("cli", "plugin_commands")
+
+# The floor of recsys that devices stand on too.
+STARRED = ("vocabulary", "history", "batches", "negatives", "metrics", "evaluation")
+
+
+def modules_after(code: str, cwd: Path = ROOT) -> set[str]:
+    """The top-level modules that a fresh interpreter holds after running the code."""
+    listing = "import json, sys\nprint()\nprint(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    child = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{listing}"], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert child.returncode == 0, child.stderr
+    return set(json.loads(child.stdout.splitlines()[-1]))
+
+
+def device_path() -> list[str]:
+    core = [
+        f"fedtower.core.{path.stem}"
+        for path in sorted((ROOT / "core").glob("*.py"))
+        if path.stem not in ("__init__", *COMMAND_LINE)
+    ]
+    return core + [f"fedtower.recsys.{name}" for name in STARRED]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_is_not_importable_by_its_bare_name(room: str) -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", f"import {room}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert child.returncode != 0
+    assert f"ImportError: import fedtower.{room}, not {room}" in child.stderr
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_is_importable_from_anywhere(room: str, tmp_path: Path) -> None:
+    modules_after(f"import fedtower.{room}", cwd=tmp_path)
+
+
+def test_the_device_path_imports_no_heavy_library() -> None:
+    modules = device_path()
+    assert len(modules) > 20
+    held = modules_after("\n".join(f"import {module}" for module in modules))
+    assert "numpy" in held
+    assert not held & NOT_ON_A_DEVICE
+
+
+def test_importing_fedtower_imports_nothing_but_itself() -> None:
+    assert not modules_after("import fedtower") & (NOT_ON_A_DEVICE | {"numpy", "pluggy"})
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["plugins", "list"], ["plugins", "list", "--json"], ["recipes"]]
+)
+def test_light_commands_import_no_heavy_library(words: list[str]) -> None:
+    run = f"""
+from fedtower.core.cli import main
+try:
+    main({words!r})
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+    assert not modules_after(run) & HEAVY
+
+
+def test_the_search_for_heavy_modules_finds_them() -> None:
+    assert "pandas" in modules_after("import pandas")
+
+
+def test_help_answers_in_under_half_a_second() -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "fedtower", "--help"], cwd=ROOT, capture_output=True, check=True)
+        return time.perf_counter() - start
+
+    # The best of five: the neighbours on this machine are not what is measured.
+    assert min(seconds() for _ in range(5)) < 0.5
+
+
+def test_the_public_names_are_what_they_say() -> None:
+    import fedtower
+
+    for name in fedtower.__all__:
+        assert getattr(fedtower, name) is not None
+    assert set(fedtower.__all__) <= set(dir(fedtower))
+    with pytest.raises(AttributeError, match="has no attribute 'runn'; it offers"):
+        _ = fedtower.runn
