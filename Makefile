@@ -18,18 +18,18 @@ test: .venv/.ready-to-test  ## format, lint, types, import arrows, doctests, tes
 	$(call stage,format,$(BIN)/ruff format --check --quiet .)
 	$(call stage,lint,$(BIN)/ruff check --quiet .)
 	$(call stage,types,$(BIN)/mypy)
-	$(call stage,import arrows,$(BIN)/lint-imports --no-timings)
-	$(call stage,tests,$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal)
+	$(call stage,import arrows,$(BIN)/lint-imports)
+	$(call stage,tests,$(BIN)/python -m pytest -q -rfEs -n $(WORKERS) --dist worksteal)
 
 soak: .venv/.ready-to-test  ## the sizes that are too long for `make test`
-	$(call stage,soak,$(BIN)/python -m pytest -q -m soak)
+	$(call stage,soak,$(BIN)/python -m pytest -q -rfEs -m soak)
 
 format: .venv/.ready-to-test  ## write the code the way `make test` wants it
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
 bench: .venv/.ready-to-run  ## run every program of benchmarks/; each prints a table and writes JSON
-	@set -e; for program in benchmarks/*.py; do echo "== $$program"; $(BIN)/python "$$program"; done
+	@set -e; for program in $(wildcard benchmarks/*.py); do echo "== $$program"; $(BIN)/python "$$program"; done
 
 define stage
 @echo "== $(1)"; $(2) || { code=$$?; echo "make $@: stage '$(1)' failed (exit $$code); stages after it did not run"; exit $$code; }
