@@ -1,0 +1,94 @@
+"""JSON lines: the log of a run, in ``log.jsonl`` of its folder. Every run has this tracker.
+
+What the lines hold is in :mod:`fedtower.recsys.runlog`, which also reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedtower.core.errors import FedtowerError
+from fedtower.core.hooks import hookimpl
+from fedtower.core.recipe import Recipe
+from fedtower.core.registry import Registry
+from fedtower.core.round import RoundReport
+from fedtower.recsys.evaluation import Evaluation
+from fedtower.recsys.runlog import RunLog
+
+
+@dataclass(eq=False)
+class JSONLines:
+    """A line for the start of a run, each round, evaluation and checkpoint, and its end, written when it happens."""
+
+    _log: RunLog | None = field(default=None, init=False, repr=False)
+
+    @hookimpl
+    def run_started(self, recipe: Recipe, folder: Path) -> None:
+        self._log = RunLog(folder)
+        # A resumed run has its first line already.
+        if self._log.path.exists():
+            if self._log.record().started:
+                return
+        self._log.append("run_started", name=recipe.name, mode=recipe.mode, seed=recipe.seed, rounds=recipe.rounds)
+
+    @hookimpl
+    def round_finished(self, report: RoundReport) -> None:
+        self._append(
+            "round",
+            round=report.round,
+            loss=report.loss,
+            metrics=report.metrics,
+            clients=report.clients,
+            dropped=report.dropped,
+            bytes_up=report.bytes_up,
+            bytes_down=report.bytes_down,
+            seconds=round(report.seconds, 6),
+        )
+
+    @hookimpl
+    def data_loaded(self, card: Mapping[str, Any]) -> None:
+        self._append("data", card=card)
+
+    @hookimpl
+    def run_resumed(self, round: int) -> None:
+        self._append("resumed", round=round)
+
+    @hookimpl
+    def warned(self, message: str) -> None:
+        self._append("warning", message=message)
+
+    @hookimpl
+    def evaluated(self, round: int, subject: str, evaluation: Evaluation) -> None:
+        about = {"role": evaluation.role, "label": evaluation.protocol_label, "metrics": evaluation.metrics}
+        if subject == "model":
+            self._append("evaluation", round=round, **about, cases=evaluation.cases, users=evaluation.users)
+        else:
+            self._append("baseline", name=subject, **about)
+
+    @hookimpl
+    def checkpoint_written(self, round: int, path: Path) -> None:
+        log = self._opened()
+        inside = path.relative_to(log.folder) if path.is_relative_to(log.folder) else path
+        self._append("checkpoint", round=round, path=str(inside))
+
+    @hookimpl
+    def run_finished(self, summary: Mapping[str, Any]) -> None:
+        self._append("run_finished", **{key: value for key, value in summary.items() if key not in ("event", "time")})
+
+    def _append(self, event: str, **values: Any) -> None:
+        self._opened().append(event, **values)
+
+    def _opened(self) -> RunLog:
+        if self._log is None:
+            raise FedtowerError("the log has no folder yet: run_started comes before everything else")
+        return self._log
+
+
+@hookimpl
+def fedtower_register(registry: Registry) -> None:
+    registry.tracker(
+        "jsonl", "fedtower.plugins.trackers.jsonl:JSONLines", summary="log.jsonl in the run's folder; always on"
+    )

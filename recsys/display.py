@@ -1,0 +1,202 @@
+"""Display: a run as it goes, on a terminal or in a file.
+
+On a terminal there is one live line (a bar, the loss, the time that is left) under a table, 78 columns wide. In a file
+or a pipe there are plain lines. In a run of at most 40 rounds, or with ``verbose``, every round has a row; in a longer
+one the first and the last, those that were evaluated, and the first in which clients were dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fedtower.core.hooks import hookimpl
+from fedtower.core.recipe import Recipe
+from fedtower.core.round import RoundReport
+from fedtower.recsys.evaluation import Evaluation
+from fedtower.recsys.units import figure, in_bytes, in_count, in_seconds
+
+ROWS_FOR_ALL = 40
+"""Up to so many rounds, each has a row: more do not fit on a screen."""
+
+_WIDTHS = {"round": 9, "loss": 7, "metric": 8, "clients": 7, "dropped": 7, "up": 8, "down": 8, "time": 8}
+
+
+class Display:
+    """Shows the rounds of one run; an observer of it, and a context that gives the terminal back as it was.
+
+    Args:
+        console: Where to; what it is decides between a live line and plain lines.
+        verbose: A row for every round, however many there are.
+        clock: Seconds, for the time that is left.
+    """
+
+    def __init__(
+        self, console: Console | None = None, *, verbose: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.console = console or Console(highlight=False)
+        self.verbose = verbose
+        self._clock = clock
+        self._live: Live | None = None
+        self._unit = "round"
+        self._shown_metrics: tuple[str, ...] = ()
+        self._pending: RoundReport | None = None
+        self._latest: RoundReport | None = None
+        self._figures: Mapping[str, float] = {}
+        self._started: tuple[float, int] | None = None
+        self._has_heading = False
+        self._has_dropped = False
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Told by the run
+
+    @hookimpl
+    def run_started(self, recipe: Recipe, folder: Path) -> None:
+        self._unit = "epoch" if recipe.mode == "standalone" else "round"
+        self._shown_metrics = tuple(f"{name}@{recipe.evaluation.k[0]}" for name in ("HR", "NDCG"))
+        self._started = None
+        if self.console.is_terminal and self._live is None:
+            self._live = Live(console=self.console, refresh_per_second=8, transient=True, get_renderable=self._line)
+            self._live.start()
+
+    @hookimpl
+    def round_started(self, round: int) -> None:
+        self._print_pending()
+        if self._started is None:
+            self._started = (self._clock(), round)
+
+    @hookimpl
+    def round_finished(self, report: RoundReport) -> None:
+        self._print_pending()
+        self._pending = self._latest = report
+
+    @hookimpl
+    def evaluated(self, evaluation: Evaluation) -> None:
+        if evaluation.role == "validation":
+            self._figures = evaluation.metrics
+            self._print_pending(evaluation.metrics)
+            return
+        self._print_pending()
+        figures = "  ".join(f"{name} {figure(value)}" for name, value in evaluation.metrics.items())
+        self.say(f"{evaluation.role}, {evaluation.protocol_label}, {in_count(evaluation.cases)} cases: {figures}")
+
+    @hookimpl
+    def run_finished(self) -> None:
+        self.close()
+
+    # Told by the program
+
+    def say(self, message: str) -> None:
+        """Print a line, above the live one."""
+        self.console.print(Text(message), soft_wrap=True)
+
+    def warn(self, message: str) -> None:
+        """Print a warning, above the live line."""
+        self._print_pending()
+        self.console.print(Text.assemble(("warning: ", "bold yellow"), message), soft_wrap=True)
+
+    def show(self, renderable: RenderableType) -> None:
+        """Print a table or the like, above the live line."""
+        self.console.print(renderable)
+
+    def close(self) -> None:
+        """Print what is left to print, and give the terminal back."""
+        self._print_pending()
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    # Rows
+
+    def _print_pending(self, metrics: Mapping[str, float] | None = None) -> None:
+        report, self._pending = self._pending, None
+        if report is None or not self._has_row(report, metrics):
+            return
+        if self.console.is_terminal:
+            self._print_row(report, metrics or {})
+        else:
+            self._print_plain(report, metrics or {})
+
+    def _has_row(self, report: RoundReport, metrics: Mapping[str, float] | None) -> bool:
+        newly_dropped = report.dropped > 0 and not self._has_dropped
+        self._has_dropped = self._has_dropped or newly_dropped
+        at_an_end = report.round in (1, report.total_rounds)
+        return self.verbose or report.total_rounds <= ROWS_FOR_ALL or bool(metrics) or at_an_end or newly_dropped
+
+    def _print_row(self, report: RoundReport, metrics: Mapping[str, float]) -> None:
+        if not self._has_heading:
+            headings = [self._unit, "loss", *self._shown_metrics, "clients", "dropped", "up", "down", "time"]
+            self.console.print(_row([(heading, "bold") for heading in headings]))
+            self._has_heading = True
+        cells = [
+            (f"{report.round}/{report.total_rounds}", ""),
+            (figure(report.loss), "" if math.isfinite(report.loss) else "red"),
+            *((figure(metrics[name]) if name in metrics else "", "cyan") for name in self._shown_metrics),
+            (in_count(report.clients), ""),
+            (in_count(report.dropped), "yellow" if report.dropped else "dim"),
+            (in_bytes(report.bytes_up), ""),
+            (in_bytes(report.bytes_down), ""),
+            (in_seconds(report.seconds), ""),
+        ]
+        self.console.print(_row(cells))
+
+    def _print_plain(self, report: RoundReport, metrics: Mapping[str, float]) -> None:
+        figures = "".join(f"  {name} {figure(metrics[name])}" for name in self._shown_metrics if name in metrics)
+        self.say(
+            f"{self._unit} {report.round}/{report.total_rounds}  loss {figure(report.loss)}{figures}  "
+            f"clients {in_count(report.clients)}  dropped {in_count(report.dropped)}  up {in_bytes(report.bytes_up)}  "
+            f"down {in_bytes(report.bytes_down)}  {in_seconds(report.seconds)}"
+        )
+
+    # The live line
+
+    def _line(self) -> RenderableType:
+        report = self._latest
+        if report is None:
+            return Text("")
+        known = [name for name in self._shown_metrics[:1] if name in self._figures]
+        line = Table.grid(padding=(0, 2), expand=True)
+        cells: list[RenderableType] = [
+            Text(f"{self._unit} {report.round}/{report.total_rounds}"),
+            ProgressBar(total=report.total_rounds, completed=report.round),
+            Text(f"loss {figure(report.loss)}"),
+            *(Text(f"{name} {figure(self._figures[name])}", style="cyan") for name in known),
+            Text(self._left(report), style="dim"),
+        ]
+        for cell in cells:
+            line.add_column(ratio=1 if isinstance(cell, ProgressBar) else None, no_wrap=True)
+        line.add_row(*cells)
+        return Group(line)
+
+    def _left(self, report: RoundReport) -> str:
+        """How long the rest takes at the pace so far, evaluations included."""
+        rest = report.total_rounds - report.round
+        if self._started is None or rest <= 0:
+            return ""
+        began, first = self._started
+        return f"{in_seconds(rest * (self._clock() - began) / max(report.round - first + 1, 1))} left"
+
+
+def _row(cells: list[tuple[str, str]]) -> Text:
+    """Cells flush right in columns of fixed width, so that a row can be printed without knowing the next."""
+    metrics = len(cells) - (len(_WIDTHS) - 1)
+    widths = [_WIDTHS["round"], _WIDTHS["loss"], *[_WIDTHS["metric"]] * metrics, *list(_WIDTHS.values())[3:]]
+    return Text(" ").join(
+        Text(text.rjust(width), style=style) for (text, style), width in zip(cells, widths, strict=True)
+    )

@@ -1,0 +1,238 @@
+"""RunLog: what happened in a run, one JSON object a line, in ``log.jsonl`` of the run's folder.
+
+Every line has ``event`` and ``time``; the other keys depend on the event:
+
+=================  ====================================================================================================
+``run_started``    ``name``, ``mode``, ``seed``, ``rounds``
+``data``           ``card``: the data card
+``resumed``        ``round``: from where; what was logged of later rounds no longer counts
+``round``          ``round``, ``loss``, ``metrics``, ``clients``, ``dropped``, ``bytes_up``, ``bytes_down``, ``seconds``
+``evaluation``     ``round``, ``role``, ``label``, ``metrics``, ``cases``, ``users``
+``baseline``       ``name``, ``role``, ``label``, ``metrics``
+``checkpoint``     ``round``, ``path``
+``warning``        ``message``
+``run_finished``   ``rounds``, ``seconds``, ``metrics``, ``report``
+=================  ====================================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedtower.core.errors import CheckpointError, StorageError, nearest
+
+Event = Mapping[str, Any]
+
+LOG = "log.jsonl"
+RECIPE = "recipe.toml"
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """The log of one run folder. Lines are only ever added; each is in the file when :meth:`append` returns.
+
+    Args:
+        folder: The run's folder.
+        clock: Gives the time that a line is stamped with.
+    """
+
+    folder: Path
+    clock: Callable[[], datetime] = field(default=_now, repr=False, compare=False)
+
+    @property
+    def path(self) -> Path:
+        """``log.jsonl``."""
+        return self.folder / LOG
+
+    def append(self, event: str, **values: Any) -> None:
+        """Add one line. What JSON has no number for (not a number, infinity) is written as null.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        line = json.dumps(_plain({"event": event, "time": self.clock().isoformat(timespec="seconds"), **values}))
+        try:
+            # One write to a file opened for appending: lines of two writers do not mix, and a kill tears the last one
+            # only.
+            with self.path.open("ab+", buffering=0) as file:
+                file.write(("" if self._ends_whole(file) else "\n").encode() + line.encode() + b"\n")
+        except OSError as error:
+            raise StorageError(
+                f"{self.path} cannot be written ({error.strerror}); free some space or give a run folder that can be "
+                "written, then `fedtower resume` goes on from the last checkpoint"
+            ) from error
+
+    def events(self) -> Iterator[Event]:
+        """All events in order. A line that a kill has torn is left out.
+
+        Raises:
+            CheckpointError: there is no log, or it is not one of a run.
+        """
+        try:
+            lines = self.path.read_bytes().splitlines()
+        except OSError as error:
+            raise CheckpointError(f"the log {self.path} cannot be read ({error.strerror}); {_HOLDS}") from error
+        for line in lines:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and isinstance(event.get("event"), str):
+                yield event
+
+    def record(self) -> RunRecord:
+        """What the log says once everything that was overtaken is left out.
+
+        Of a round that was run twice, and of anything else that was said twice, the later line counts; of rounds after
+        the one that a run was resumed from, none of the earlier lines does.
+        """
+        kept: dict[tuple[str, ...], Event] = {}
+        for event in self.events():
+            kind = event["event"]
+            if kind == "resumed":
+                undone = [key for key, old in kept.items() if _is_undone(old, event)]
+                kept = {key: old for key, old in kept.items() if key not in undone}
+            key = (kind, *(str(event.get(name)) for name in _SAME.get(kind, ())))
+            kept.pop(key, None)
+            kept[key] = event
+        of = {kind: tuple(event for key, event in kept.items() if key[0] == kind) for kind in _KINDS}
+        return RunRecord(
+            folder=self.folder,
+            started=of["run_started"][-1] if of["run_started"] else {},
+            card=of["data"][-1].get("card", {}) if of["data"] else {},
+            rounds=tuple(sorted(of["round"], key=lambda event: event.get("round", 0))),
+            evaluations=of["evaluation"],
+            baselines=of["baseline"],
+            checkpoints=of["checkpoint"],
+            warnings=of["warning"],
+            resumed=of["resumed"],
+            finished=of["run_finished"][-1] if of["run_finished"] else None,
+        )
+
+    @staticmethod
+    def _ends_whole(file: Any) -> bool:
+        if not file.seek(0, 2):
+            return True
+        file.seek(-1, 2)
+        return bool(file.read(1) == b"\n")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The events of a run that count, by what they are about; ``finished`` is ``None`` of a run that did not come to
+    its end.
+    """
+
+    folder: Path
+    started: Event
+    card: Event
+    rounds: Sequence[Event]
+    evaluations: Sequence[Event]
+    baselines: Sequence[Event]
+    checkpoints: Sequence[Event]
+    warnings: Sequence[Event]
+    resumed: Sequence[Event]
+    finished: Event | None
+
+    @property
+    def last_round(self) -> int:
+        """The newest round that was finished, 0 before the first."""
+        return int(self.rounds[-1]["round"]) if self.rounds else 0
+
+    def total(self, name: str) -> float:
+        """The sum of one of the rounds' figures: ``bytes_up``, ``bytes_down``, ``seconds``, ``dropped``."""
+        return sum(event.get(name) or 0 for event in self.rounds)
+
+    def final(self, role: str = "test") -> list[Event]:
+        """The newest evaluation of each protocol for ``role``."""
+        newest = {event.get("label"): event for event in self.evaluations if event.get("role") == role}
+        return list(newest.values())
+
+    def summary(self) -> dict[str, Any]:
+        """The run in one object, as ``summary.json`` holds it."""
+        about = {name: self.started.get(name) for name in ("name", "mode", "seed")}
+        return {
+            **about,
+            "rounds": self.last_round,
+            "seconds": self.total("seconds"),
+            "bytes_up": self.total("bytes_up"),
+            "bytes_down": self.total("bytes_down"),
+            "dropped": self.total("dropped"),
+            "evaluations": [_bare(event) for role in ("validation", "test") for event in self.final(role)],
+            "baselines": [_bare(event) for event in self.baselines],
+        }
+
+
+_HOLDS = "a run folder is what `fedtower run` makes: it holds log.jsonl, recipe.toml, environment.json and checkpoints/"
+
+
+def open_run(folder: str | Path) -> RunLog:
+    """The log of an existing run.
+
+    Raises:
+        CheckpointError: ``folder`` is not a run folder; the message says what one holds, and which are near.
+    """
+    folder = Path(folder)
+    if (folder / LOG).is_file():
+        return RunLog(folder)
+    runs = sorted({*_runs_in(folder), *_runs_in(folder.parent), *_runs_in(Path("runs"))}, key=str)
+    names = {run.name: run for run in runs}
+    what = "is not a run folder" if folder.is_dir() else "does not exist" if not folder.exists() else "is a file"
+    close = nearest(folder.name, names)
+    there = f"; runs nearby are {', '.join(str(run) for run in runs[-5:])}" if runs else "; there are no runs nearby"
+    raise CheckpointError(f"{folder} {what}{close}; {_HOLDS}{there}")
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    try:
+        return [child for child in folder.iterdir() if (child / LOG).is_file()]
+    except OSError:
+        return []
+
+
+# What makes two events of a kind the same thing said twice.
+_SAME = {
+    "resumed": ("round", "time"),
+    "round": ("round",),
+    "evaluation": ("round", "role", "label"),
+    "baseline": ("name", "role", "label"),
+    "checkpoint": ("round",),
+    "warning": ("message",),
+}
+_KINDS = ("run_started", "data", *_SAME, "run_finished")
+
+
+def _is_undone(event: Event, resumed: Event) -> bool:
+    """Whether going back to the round of ``resumed`` makes ``event`` void."""
+    if event["event"] in ("round", "evaluation", "checkpoint"):
+        return bool(event.get("round", 0) > resumed.get("round", 0))
+    return bool(event["event"] == "run_finished")
+
+
+def _bare(event: Event) -> dict[str, Any]:
+    return {key: value for key, value in event.items() if key not in ("event", "time")}
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: numpy's numbers as Python's, paths as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

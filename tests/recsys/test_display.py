@@ -1,0 +1,144 @@
+"""The live progress: which rounds have a row, what is in it, and that it fits."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedtower.core.hooks import Hooks
+from fedtower.core.recipe import Recipe, parse_recipe
+from fedtower.core.round import RoundReport
+from fedtower.recsys.display import Display
+from fedtower.recsys.evaluation import Evaluation
+
+
+def recipe(rounds: int, mode: str = "simulated") -> Recipe:
+    return parse_recipe(
+        {
+            "name": "small",
+            "rounds": rounds,
+            "mode": mode,
+            "local": {"steps": 1},
+            "data": {"name": "synthetic"},
+            "model": {"name": "dssm"},
+            "cohort": {"name": "uniform", "size": 5},
+            "server": {"optimizer": "sgd", "lr": 1.0},
+        }
+    )
+
+
+def run(display: Display, rounds: int, *, every: int = 20, mode: str = "simulated", dropped: int = 0) -> None:
+    """Tell a display what a run tells, through the hooks."""
+    hooks = Hooks.none(report=pytest.fail)
+    hooks.add(display, "display")
+    hooks.observe("run_started", recipe=recipe(rounds, mode), folder=Path("runs/small-1"))
+    for number in range(1, rounds + 1):
+        hooks.observe("round_started", round=number, cohort=None)
+        report = RoundReport(
+            number, rounds, 5.0, 1200, dropped, 20_800_000, 936_000_000, 71.0, metrics={"clipped": 0.5}
+        )
+        hooks.observe("round_finished", report=report)
+        if number % every == 0:
+            hooks.observe(
+                "evaluated", evaluation=Evaluation("validation", "sampled", {"HR@10": 0.51234, "NDCG@10": 0.3}, 9, 9)
+            )
+            hooks.observe("checkpoint_written", round=number, path=Path("x"))
+    hooks.observe(
+        "evaluated", evaluation=Evaluation("test", "full ranking", {"HR@10": 0.0414, "MRR": 0.02}, 6040, 6040)
+    )
+    hooks.observe("run_finished", summary={})
+
+
+def shown(rounds: int, *, terminal: bool, verbose: bool = False, **settings: Any) -> list[str]:
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=terminal, color_system=None, highlight=False)
+    display = Display(console, verbose=verbose, clock=lambda: 0.0)
+    with display:
+        run(display, rounds, **settings)
+    written = out.getvalue() if terminal else out.getvalue().replace("\x1b", "escape")
+    return [re.sub(r"\x1b\[[0-9?]*[a-zA-Z]", "", line.split("\x1b[2K")[-1]).rstrip() for line in written.splitlines()]
+
+
+def test_in_a_file_a_round_is_a_plain_line() -> None:
+    lines = shown(20, terminal=False)
+    assert lines[0] == "round 1/20  loss 5.000  clients 1,200  dropped 0  up 20.8 MB  down 936 MB  71 s"
+    assert lines[19].startswith("round 20/20  loss 5.000  HR@10 0.512  NDCG@10 0.300  clients 1,200")
+    assert lines[20:] == ["test, full ranking, 6,040 cases: HR@10 0.041  MRR 0.020"]
+    assert "escape" not in "".join(lines)
+
+
+def test_a_long_run_shows_the_rounds_that_were_evaluated_and_both_ends() -> None:
+    rounds = [line.split()[1] for line in shown(450, terminal=False, every=200) if line.startswith("round")]
+    assert rounds == ["1/450", "200/450", "400/450", "450/450"]
+
+
+def test_a_long_run_shows_when_clients_are_first_dropped() -> None:
+    rounds = [line.split()[1] for line in shown(60, terminal=False, every=50, dropped=3) if line.startswith("round")]
+    assert rounds == ["1/60", "50/60", "60/60"]
+
+
+@pytest.mark.parametrize(("rounds", "verbose"), [(40, False), (60, True)])
+def test_a_short_run_and_a_verbose_one_show_every_round(rounds: int, verbose: bool) -> None:
+    assert len([line for line in shown(rounds, terminal=False, verbose=verbose) if "loss" in line]) == rounds
+
+
+def test_every_line_on_a_terminal_fits_into_80_columns() -> None:
+    lines = shown(1000, terminal=True, every=500, dropped=12)
+    table = [line for line in lines if line and ("/1000" in line or "dropped" in line)]
+    assert max(map(len, table)) <= 80
+    headings = next(line for line in table if "dropped" in line)
+    assert headings.split() == ["round", "loss", "HR@10", "NDCG@10", "clients", "dropped", "up", "down", "time"]
+    row = next(line for line in table if "500/1000" in line and "MB" in line)
+    assert row.split() == ["500/1000", "5.000", "0.512", "0.300", "1,200", "12", "20.8", "MB", "936", "MB", "71", "s"]
+
+
+def test_columns_stand_under_their_headings() -> None:
+    lines = shown(3, terminal=True, every=2)
+    headings, *rows = [line for line in lines if "dropped" in line or ("/3" in line and "MB" in line)]
+    assert len(rows) == 3
+    for heading, cell in (("loss", "5.000"), ("clients", "1,200"), ("down", "936 MB")):
+        assert {row.index(cell) + len(cell) for row in rows} == {headings.index(heading) + len(heading)}
+
+
+def test_a_standalone_run_counts_epochs() -> None:
+    assert shown(2, terminal=False, mode="standalone")[0].startswith("epoch 1/2")
+
+
+def test_warnings_stand_alone_and_after_the_round_they_belong_to() -> None:
+    out = io.StringIO()
+    display = Display(Console(file=out, width=80))
+    hooks = Hooks.none()
+    hooks.add(display, "display")
+    hooks.observe("run_started", recipe=recipe(2), folder=Path("x"))
+    hooks.observe("round_finished", report=RoundReport(1, 2, float("nan"), 0, 5, 0, 0, 0.004))
+    display.warn("something is wrong with [this]")
+    display.close()
+    assert out.getvalue().splitlines() == [
+        "round 1/2  loss –  clients 0  dropped 5  up 0 B  down 0 B  4 ms",
+        "warning: something is wrong with [this]",
+    ]
+
+
+def test_the_live_line_says_how_long_the_rest_takes() -> None:
+    now = [0.0]
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True, color_system=None)
+    display = Display(console, clock=lambda: now[0])
+    hooks = Hooks.none()
+    hooks.add(display, "display")
+    hooks.observe("run_started", recipe=recipe(100), folder=Path("x"))
+    # A resumed run: the pace is that of the rounds since.
+    for number in (51, 52):
+        hooks.observe("round_started", round=number, cohort=None)
+        now[0] += 2.0
+        hooks.observe("round_finished", report=RoundReport(number, 100, 0.5, 5, 0, 1, 1, 2.0))
+    console.print(display._line())
+    display.close()
+    assert "round 52/100" in out.getvalue()
+    assert "loss 0.500" in out.getvalue()
+    assert "96 s left" in out.getvalue()
