@@ -96,6 +96,14 @@ class Observing:
         """The parts are made and the run's folder is there."""
 
     @hookspec
+    def run_resumed(self, round: int) -> None:
+        """The run goes on from the checkpoint after this round."""
+
+    @hookspec
+    def data_loaded(self, card: Mapping[str, Any]) -> None:
+        """The data set is there; ``card`` is its data card as plain values."""
+
+    @hookspec
     def round_started(self, round: int, cohort: Cohort) -> None:
         """The cohort of this round has been chosen."""
 
@@ -112,12 +120,16 @@ class Observing:
         """The server has made its step."""
 
     @hookspec
-    def evaluated(self, evaluation: Any) -> None:
-        """The model was evaluated: a ``fedtower.recsys.evaluation.Evaluation``."""
+    def evaluated(self, round: int, subject: str, evaluation: Any) -> None:
+        """After this round ``subject`` (``model``, or a baseline's name) was judged: ``fedtower.recsys.evaluation.Evaluation``."""
 
     @hookspec
     def checkpoint_written(self, round: int, path: Path) -> None:
         """The state after this round is on disk."""
+
+    @hookspec
+    def warned(self, message: str) -> None:
+        """Something is not as it should be, and the run goes on."""
 
     @hookspec
     def run_finished(self, summary: Mapping[str, Any]) -> None:

@@ -40,6 +40,12 @@ class LocalSettings:
             raise RecipeError(f"local.negatives must be at least 1 for the loss {self.loss!r}: positives alone teach nothing")
 
 
+    @property
+    def rows_lr(self) -> float:
+        """The learning rate of the rows on the device."""
+        return self.lr if self.row_lr is None else self.row_lr
+
+
 @dataclass(frozen=True)
 class RowSettings:
     """The cloud's part: who trains it, and how."""

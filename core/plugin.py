@@ -11,7 +11,7 @@ KINDS = (
     ),
     Kind(
         "runtime",
-        "fedtower.core.runtime:Runtime",
+        "fedtower.core.runtime:RuntimeFactory",
         "fedtower.core.testing.runtime:RuntimePromises",
         "trains on a client",
     ),

@@ -39,6 +39,9 @@ class DataSection:
     split: Literal["leave_one_out", "leave_two_out", "time", "random", "ncf"] = field(
         default="leave_one_out", metadata={"help": "what is held out of every user's events"}
     )
+    validation: bool = field(
+        default=True, metadata={"help": "hold a validation item out too: what the learning curve and all tuning look at"}
+    )
     test_fraction: float = field(default=0.2, metadata={"help": "share of the events held out by time or at random"})
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtower.core.plan import Plan
+from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.rows import RowIds
-from fedtower.core.updates import Updates
+from fedtower.core.updates import Rows, Updates
 
 Array = NDArray[np.generic]
 FloatArray = NDArray[np.float32]
@@ -43,8 +43,38 @@ class Work:
 
 
 class Runtime(Protocol):
-    """Executes local training. Every runtime runs the same step and gives the same numbers."""
+    """Executes local training of one model. Every runtime runs the same step and gives the same numbers."""
 
     def train(self, plan: Plan, work: Work) -> tuple[Updates, Mapping[str, FloatArray]]:
         """The updates of the clients of ``work``, and what their device parameters have become."""
         ...
+
+
+class RuntimeFactory(Protocol):
+    """The seam of a runtime plugin: a frozen dataclass of settings that takes a model in."""
+
+    def open(self, model: Any, local: LocalSettings) -> Runtime:
+        """The runtime for one model (what it declares, see fedtower.recsys.models) and one kind of visit."""
+        ...
+
+
+def as_updates(
+    plan: Plan, work: Work, parameters: Mapping[str, FloatArray], rows: Mapping[str, FloatArray], losses: NDArray[np.float64]
+) -> Updates:
+    """The updates of a block from what its parameters and rows have become: new minus old, weighed by examples.
+
+    Shape:
+        ``parameters[name]`` (C, *shape), ``rows[source]`` (R, D), ``losses`` (C,)
+    """
+    return Updates(
+        weights=work.examples.astype(np.float64),
+        dense={name: parameters[name] - value[None] for name, value in plan.parameters.items()},
+        rows={
+            source: Rows(needed.offsets, needed.ids, rows[source] - work.rows[source])
+            for source, needed in work.row_ids.items()
+            if plan.train_rows
+        },
+        clients=work.clients,
+        rounds=np.full(len(work), plan.round, dtype=np.int64),
+        metrics={"loss": losses},
+    )

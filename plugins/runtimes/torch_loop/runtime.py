@@ -1,0 +1,68 @@
+"""The plain runtime: one client after another, one step after another. Every faster runtime has to agree with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedtower.core.plan import LocalSettings, Plan
+from fedtower.core.rows import step_rows
+from fedtower.core.runtime import Work, as_updates
+from fedtower.core.updates import Updates
+from fedtower.recsys.models import Declared
+from fedtower.recsys.step import Step, Tensors, make_step
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TorchLoop:
+    """Runs the step in a Python loop."""
+
+    def open(self, model: Declared, local: LocalSettings) -> Loop:
+        """The runtime for one model and one kind of visit."""
+        return Loop(make_step(model.shared, local))
+
+
+@dataclass(frozen=True)
+class Loop:
+    """``torch_loop`` with a model in it."""
+
+    step: Step
+
+    def train(self, plan: Plan, work: Work) -> tuple[Updates, Mapping[str, FloatArray]]:
+        """The updates of the clients of ``work``, and what their device parameters have become."""
+        rows = {source: values.copy() for source, values in work.rows.items()}
+        after = {
+            name: np.empty((len(work), *value.shape), dtype=np.float32)
+            for name, value in [*plan.parameters.items(), *((name, values[0]) for name, values in work.states.items())]
+        }
+        losses = np.zeros(len(work))
+        shared = {name: torch.from_numpy(value) for name, value in plan.parameters.items()}
+        for client in range(len(work)):
+            parameters: Tensors = shared | {name: torch.from_numpy(values[client]) for name, values in work.states.items()}
+            mine = {source: slice(*needed.offsets[client : client + 2]) for source, needed in work.row_ids.items()}
+            for at in range(int(work.steps[client])):
+                parameters, stepped, loss = self._step(plan, work, client, at, parameters, rows["item"][mine["item"]])
+                rows["item"][mine["item"]] = stepped
+                losses[client] += loss / work.steps[client]
+            for name, value in parameters.items():
+                after[name][client] = value.numpy()
+        return as_updates(plan, work, after, rows, losses), {name: after[name] for name in work.states}
+
+    def _step(
+        self, plan: Plan, work: Work, client: int, at: int, parameters: Tensors, rows: FloatArray
+    ) -> tuple[Tensors, FloatArray, float]:
+        """One client's parameters, rows and loss after its step ``at``."""
+        inputs = {name: torch.from_numpy(np.ascontiguousarray(values[client, at])) for name, values in work.inputs.items()}
+        places = {name: values[client, at] for name, values in work.slots.items()}
+        slots = {name: torch.from_numpy(rows[where]) for name, where in places.items()}
+        parameters, gradients, loss = self.step(parameters, slots, inputs, plan.local.lr)
+        if plan.train_rows:
+            slopes = np.concatenate([gradients[name].numpy() for name in places])
+            rows = step_rows(rows, np.concatenate(list(places.values())), slopes, plan.local.rows_lr)
+        return parameters, rows, float(loss)

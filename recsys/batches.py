@@ -1,0 +1,182 @@
+"""A client's data as fixed-shape batches: stretches of its history, targets in them, and negatives beside them.
+
+A *stretch* is ``span`` consecutive targets and the ``history_length`` events before them, so the rows of one step are one
+slot an event, shared by all its targets; each target then looks back ``history_length`` events from where it stands. A step's
+targets are drawn from one stretch, and an epoch takes every target once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtower.core.draws import Draws
+from fedtower.core.errors import LeakError
+from fedtower.core.plan import LocalSettings, Plan
+from fedtower.core.rows import RowIds, localise
+from fedtower.core.runtime import Work
+from fedtower.recsys.history import TRAIN, Events, Population, Split
+from fedtower.recsys.negatives import uniform_negatives
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+
+
+def span_of(local: LocalSettings) -> int:
+    """Targets of one stretch: as many as it looks back, and at least a batch."""
+    return max(local.batch_size, local.history_length)
+
+
+@dataclass(frozen=True)
+class SequenceData:
+    """The clients of a population as next-item batches: what a sequence model trains on.
+
+    ``work()`` gives the inputs ``target`` (C, S, B), the slot at which a target stands, ``weight`` (C, S, B), 0 for padding,
+    and ``user`` (C, S, F); the slots ``history`` (C, S, T), oldest first, and ``negatives`` (C, S, N), both of rows of
+    ``item``.
+    """
+
+    population: Population
+    split: Split
+    draws: Draws
+
+    def work(self, plan: Plan, clients: IntArray) -> Work:
+        """One visit of each client. Raises LeakError if a held-out item is among the rows it would train on."""
+        local = plan.local
+        events = self.population.events(clients)
+        role = self.split.parts(events).role
+        seen = training_events(events, role)
+        target, start = self._targets(seen, plan)
+        history = _stretches(seen, start, span_of(local) + local.history_length)
+        negatives = uniform_negatives(events, self.population.num_items, target.shape[1], local.negatives, self.draws, plan.round)
+        needed, where = localise(np.concatenate([history, negatives], axis=2).reshape(len(clients), -1))
+        refuse_held_out(events, role, needed)
+
+        where = where.reshape(*history.shape[:2], -1)
+        weight = (target >= 0).astype(np.float32)
+        user = self.population.user_features(clients)
+        return Work(
+            clients=clients,
+            steps=np.asarray((weight.sum(axis=2) > 0).sum(axis=1)),
+            examples=weight.sum(axis=(1, 2)).astype(np.int64),
+            inputs={
+                "target": np.where(target >= 0, target - start[..., None], 0),
+                "weight": weight,
+                "user": np.broadcast_to(user[:, None, :], (*target.shape[:2], user.shape[1])),
+            },
+            slots={"history": where[..., : history.shape[2]], "negatives": where[..., history.shape[2] :]},
+            row_ids={"item": needed},
+        )
+
+    def _targets(self, seen: Events, plan: Plan) -> tuple[IntArray, IntArray]:
+        """Which events are the targets of each step, (C, S, B), -1 for padding, and where its stretch starts, (C, S)."""
+        local = plan.local
+        lots = [self._epoch(seen, plan, epoch) for epoch in range(local.epochs or 1)]
+        turns = sum(lot.num_batches for lot in lots)
+        width = max(min(int(np.max(turns, initial=0)), local.steps or np.iinfo(np.int64).max), 1)
+        target = np.full((len(seen), width, local.batch_size), -1, dtype=np.int64)
+        start = np.zeros((len(seen), width), dtype=np.int64)
+        before = np.zeros(len(seen), dtype=np.int64)
+        for lot in lots:
+            step = lot.turn + before[lot.owner]
+            kept = step < width
+            target[lot.owner[kept], step[kept], lot.place[kept]] = lot.position[kept]
+            start[lot.owner[kept], step[kept]] = np.maximum(lot.first[kept] - local.history_length, 0)
+            before = before + lot.num_batches
+        return target, start
+
+    def _epoch(self, seen: Events, plan: Plan, epoch: int) -> _Lot:
+        """Every target once, in batches: stretches of equal length, shuffled within, cut into batches, in random turn."""
+        size, count = plan.local.batch_size, np.maximum(seen.lengths - 1, 0)
+        which = np.flatnonzero(seen.positions >= 1)
+        owner, position = seen.owners[which], seen.positions[which]
+        num_stretches = -(-count // span_of(plan.local))
+        stretch = (position - 1) * num_stretches[owner] // np.maximum(count[owner], 1)
+        key = self.draws.bits("targets", plan.round, seen.clients[owner], epoch, position)
+        first = _first_in_runs(owner, stretch, position)
+        order = np.lexsort((key, stretch, owner))
+        owner, position, stretch, first = owner[order], position[order], stretch[order], first[order]
+        rank = _rank_in_runs(owner, stretch)
+        batch, place = rank // size, rank % size
+
+        head = np.flatnonzero(place == 0)
+        length = np.diff(np.append(head, len(place)))
+        lot = self.draws.bits("batches", plan.round, seen.clients[owner[head]], epoch, stretch[head], batch[head])
+        # Full batches come first, so that a visit of one step has as many targets as it may.
+        by_lot = np.lexsort((lot, length < size, owner[head]))
+        turn = np.empty(len(head), dtype=np.int64)
+        turn[by_lot] = _rank_in_runs(owner[head][by_lot])
+        num_batches = np.bincount(owner[head], minlength=len(seen)).astype(np.int64)
+        return _Lot(owner, position, first, np.repeat(turn, length), place, num_batches)
+
+
+@dataclass(frozen=True)
+class _Lot:
+    """An epoch's targets: owner, event position, first target of the stretch, turn of the batch, place in it, all (E,)."""
+
+    owner: IntArray
+    position: IntArray
+    first: IntArray
+    turn: IntArray
+    place: IntArray
+    num_batches: IntArray  # (C,)
+
+
+def training_events(events: Events, role: NDArray[np.int8]) -> Events:
+    """The events without the held-out ones."""
+    kept = role == TRAIN
+    counts = np.bincount(events.owners[kept], minlength=len(events))
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return Events(events.clients, offsets, events.items[kept], events.times[kept], events.ratings[kept])
+
+
+def refuse_held_out(events: Events, role: NDArray[np.int8], needed: RowIds) -> None:
+    """Raise LeakError if a client would fetch the row of an item that is held out for it."""
+    width = int(max(events.items.max(initial=0), needed.ids.max(initial=0))) + 1
+    held = np.sort((events.owners * width + events.items)[role != TRAIN])
+    if not len(held):
+        return
+    owners = np.repeat(np.arange(len(events), dtype=np.int64), np.diff(needed.offsets))
+    keys = owners * width + needed.ids
+    leaked = keys[held[np.minimum(np.searchsorted(held, keys), len(held) - 1)] == keys]
+    if len(leaked):
+        owner, item = divmod(int(leaked[0]), width)
+        raise LeakError(
+            f"item row {item} is held out for client {events.clients[owner]}, and yet its training batch holds it, as a history item, a "
+            f"target or a negative; every figure of this run would be worthless, so it stops here"
+        )
+
+
+def _stretches(seen: Events, start: IntArray, window: int) -> IntArray:
+    """The items of ``window`` events from ``start`` (C, S) on, (C, S, window).
+
+    A slot beyond the last event repeats the last one: no target stands after it, so nothing looks at it, and it is fetched
+    anyway.
+    """
+    if not len(seen.items):
+        return np.zeros((*start.shape, window), dtype=np.int64)
+    last = np.maximum(seen.lengths - 1, 0)[:, None, None]
+    at = np.minimum(start[..., None] + np.arange(window), last) + seen.offsets[:-1, None, None]
+    return seen.items[np.minimum(at, len(seen.items) - 1)]
+
+
+def _rank_in_runs(*keys: IntArray) -> IntArray:
+    """The place of each entry within its run of equal keys, which stand together."""
+    head = _heads(*keys)
+    return np.asarray(np.arange(len(keys[0])) - np.repeat(head, np.diff(np.append(head, len(keys[0])))))
+
+
+def _first_in_runs(*keys_and_values: IntArray) -> IntArray:
+    """The value of the first entry of each one's run; the last array holds the values."""
+    *keys, values = keys_and_values
+    head = _heads(*keys)
+    return np.repeat(values[head], np.diff(np.append(head, len(values))))
+
+
+def _heads(*keys: IntArray) -> IntArray:
+    new = np.ones(len(keys[0]), dtype=bool)
+    if len(new):
+        new[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
+    return np.flatnonzero(new)

@@ -1,0 +1,255 @@
+"""From a recipe to a trained model: the only place where parts are put together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedtower.core.checkpoint import read_checkpoint, write_checkpoint
+from fedtower.core.draws import Draws
+from fedtower.core.errors import CheckpointError, RecipeError
+from fedtower.core.hooks import Hooks
+from fedtower.core.recipe import Recipe, check, load_recipe
+from fedtower.core.registry import Registry, discover
+from fedtower.recsys.evaluation import Evaluation, ItemPop, Scorer, evaluate
+from fedtower.recsys.history import TEST, Population, make_split
+from fedtower.recsys.run_folder import RunFolder
+from fedtower.recsys.runlog import RunLog
+from fedtower.recsys.standalone import Standalone
+from fedtower.recsys.training import Federated, Setting, Training
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One item of a list: its raw id, its title where the data has one, and its score."""
+
+    item: str
+    title: str | None
+    score: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk: what it reached, and the model it left."""
+
+    folder: Path
+
+    @property
+    def summary(self) -> Mapping[str, Any]:
+        """Final figures, baselines and totals; what ``summary.json`` holds."""
+        return RunLog(self.folder).record().summary()
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The final figures on the test items, by the recipe's protocol."""
+        final = RunLog(self.folder).record().final("test")
+        return final[0]["metrics"] if final else {}
+
+    @cached_property
+    def trained(self) -> Trained:
+        """The model of the newest checkpoint."""
+        return load(self.folder)
+
+    def evaluate(self) -> Evaluation:
+        """Measure the model of the newest checkpoint on the test items again."""
+        return self.trained.evaluate()
+
+    def recommend(self, user: str, k: int = 10) -> list[Recommendation]:
+        """The top ``k`` items for a user, without those she has touched."""
+        return self.trained.recommend(user, k)
+
+
+def run(
+    name_or_path: str | Path,
+    overrides: Mapping[str, Any] | Iterable[str] = (),
+    *,
+    runs: str | Path = RUNS,
+    registry: Registry | None = None,
+    observers: Iterable[object] = (),
+    progress: Callable[[str], None] = lambda message: None,
+) -> Run:
+    """Train a recipe, by name or from a file, and give back the finished run.
+
+    Args:
+        name_or_path: A shipped recipe's name, or a TOML file.
+        overrides: Dotted keys, ``{"rounds": 20}`` or ``["rounds=20"]``.
+        runs: The folder in which the run gets a folder of its own.
+        registry: The plugins that count; by default all that are installed.
+        observers: Objects with hook methods, told how the run goes.
+        progress: Called with a sentence when something long begins.
+
+    Raises:
+        FedtowerError: see its subclasses; the message says what to do.
+    """
+    registry = registry or discover(folder=Path.cwd())
+    recipe = load_recipe(name_or_path, _as_overrides(overrides), registry)
+    refuse_what_cannot_run(recipe)
+    hooks = _hooks(recipe, registry, observers)
+    folder = RunFolder.create(recipe, registry, Path(runs))
+    with folder.locked():
+        hooks.observe("run_started", recipe=recipe, folder=folder.path)
+        _train(recipe, registry, hooks, folder, progress, start=None)
+    return Run(folder.path)
+
+
+def resume(
+    folder: str | Path,
+    *,
+    start: int | None = None,
+    registry: Registry | None = None,
+    observers: Iterable[object] = (),
+    progress: Callable[[str], None] = lambda message: None,
+) -> Run:
+    """Continue a run from its newest checkpoint (or the one of round ``start``): the same bits as if it had never stopped."""
+    place = RunFolder.open(Path(folder))
+    registry = registry or discover(folder=Path.cwd())
+    recipe = place.recipe()
+    check(recipe, registry)
+    hooks = _hooks(recipe, registry, observers)
+    with place.locked():
+        hooks.observe("run_started", recipe=recipe, folder=place.path)
+        start = place.latest_round() if start is None else start
+        _train(recipe, registry, hooks, place, progress, start=start)
+    return Run(place.path)
+
+
+def load(folder: str | Path, *, registry: Registry | None = None, progress: Callable[[str], None] = lambda message: None) -> Trained:
+    """The model of a run's newest checkpoint, with the data it was trained on."""
+    place = RunFolder.open(Path(folder))
+    registry = registry or discover(folder=Path.cwd())
+    recipe = place.recipe()
+    check(recipe, registry)
+    setting = _setting(recipe, registry, Hooks.none(), progress)
+    training = _training(setting)
+    training.restore(read_checkpoint(place.checkpoints, place.latest_round()))
+    return Trained(setting, training)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model with its data."""
+
+    setting: Setting
+    training: Training
+
+    def evaluate(self, protocol: str | None = None) -> Evaluation:
+        """Rank the test items, by the recipe's protocol or by the one given (``sampled`` or ``full``)."""
+        return _evaluate(self.setting, self.training.scorer("test"), "test", protocol)
+
+    def recommend(self, user: str, k: int = 10) -> list[Recommendation]:
+        """The top ``k`` items for a user (a raw id), without those she has touched; fewer when there are not so many."""
+        population = self.setting.population
+        client = np.array([population.client_index(user)])
+        events = population.events(client)
+        scores = self.training.scorer("now").score_all(client, events.lengths)[0]
+        scores[events.items] = -np.inf
+        best = np.argsort(-scores, kind="stable")[:k]
+        return [
+            Recommendation(population.item_name(int(item)), population.item_title(int(item)), float(scores[item]))
+            for item in best
+            if np.isfinite(scores[item])
+        ]
+
+
+def refuse_what_cannot_run(recipe: Recipe) -> None:
+    """Raise RecipeError for settings that do not go together, before anything is loaded."""
+    if recipe.mode == "simulated" and recipe.local.loss == "in_batch_softmax":
+        raise RecipeError(
+            "local.loss = 'in_batch_softmax' cannot be trained on clients that are single users: the other items of a user's "
+            "batch are items that the same user chose, so its in-batch negatives would be its own positives. Use local.loss = "
+            "'sampled_softmax' (or 'bce'), or mode = 'standalone', where a batch holds many users"
+        )
+
+
+def _train(
+    recipe: Recipe, registry: Registry, hooks: Hooks, folder: RunFolder, progress: Callable[[str], None], start: int | None
+) -> None:
+    setting = _setting(recipe, registry, hooks, progress)
+    if start is None:
+        hooks.observe("data_loaded", card=setting.population.card.to_dict())
+    training = _training(setting)
+    last = 0
+    if start is not None:
+        training.restore(read_checkpoint(folder.checkpoints, start))
+        hooks.observe("run_resumed", round=start)
+        last = start
+
+    every, learning = recipe.checkpoint.every, recipe.evaluation.every
+    saved = last
+    for report in training.rounds():
+        last = report.round
+        if learning and last % learning == 0 and setting.split.validation:
+            hooks.observe("evaluated", round=last, subject="model", evaluation=_evaluate(setting, training.scorer("validation"), "validation"))
+        if last % every == 0:
+            _save(training, folder, last, recipe, hooks)
+            saved = last
+    if saved != last:
+        _save(training, folder, last, recipe, hooks)
+    _judge(setting, training, last)
+    summary = RunLog(folder.path).record().summary()
+    folder.write("summary.json", summary)
+    hooks.observe("run_finished", summary=summary)
+
+
+def _judge(setting: Setting, training: Training, last: int) -> None:
+    """The final figures on the test items, by the recipe's protocol and over the whole catalogue, beside item popularity."""
+    popularity = ItemPop.count(setting.population, setting.split)
+    scorer = training.scorer("test")
+    for protocol in dict.fromkeys((setting.recipe.evaluation.protocol, "full")):
+        for subject, judged in (("ItemPop", popularity), ("model", scorer)):
+            evaluation = _evaluate(setting, judged, "test", protocol)
+            setting.hooks.observe("evaluated", round=last, subject=subject, evaluation=evaluation)
+
+
+def _evaluate(setting: Setting, scorer: Scorer, role: Any, protocol: str | None = None) -> Evaluation:
+    settings = setting.recipe.evaluation
+    settings = settings if protocol is None else replace(settings, protocol=protocol)  # type: ignore[arg-type]
+    return evaluate(scorer, setting.population, setting.split, role, settings, setting.draws)
+
+
+def _save(training: Training, folder: RunFolder, round: int, recipe: Recipe, hooks: Hooks) -> None:
+    path = write_checkpoint(folder.checkpoints, round, training.snapshot(), recipe.checkpoint.keep)
+    hooks.observe("checkpoint_written", round=round, path=path)
+
+
+def _setting(recipe: Recipe, registry: Registry, hooks: Hooks, progress: Callable[[str], None]) -> Setting:
+    draws = Draws(recipe.seed)
+    population: Population = registry.make("dataset", recipe.data.part, path="data").load(draws=draws, progress=progress)
+    split = make_split(
+        recipe.data.split, population, validation=recipe.data.validation, test_fraction=recipe.data.test_fraction, draws=draws
+    )
+    return Setting(recipe, registry, population, split, hooks, draws, time.monotonic)
+
+
+def _training(setting: Setting) -> Training:
+    return Standalone(setting) if setting.recipe.mode == "standalone" else Federated(setting)
+
+
+def _hooks(recipe: Recipe, registry: Registry, observers: Iterable[object]) -> Hooks:
+    """The hooks of the plugins, of the recipe's trackers, and of ``observers``; JSON lines are always written."""
+    hooks = Hooks(registry.manager)
+    hooks.report = lambda message: hooks.observe("warned", message=message)
+    trackers = [registry.load("tracker", "jsonl")()]
+    trackers += [registry.make("tracker", part, path=f"trackers.{i}") for i, part in enumerate(recipe.trackers) if part.name != "jsonl"]
+    for position, observer in enumerate([*trackers, *observers]):
+        hooks.add(observer, f"{type(observer).__name__.lower()}-{position}")
+    return hooks
+
+
+def _as_overrides(overrides: Mapping[str, Any] | Iterable[str]) -> list[str]:
+    if isinstance(overrides, Mapping):
+        import json
+
+        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    return list(overrides)
+
+
+__all__ = ["RUNS", "TEST", "CheckpointError", "Recommendation", "Run", "Trained", "load", "load_recipe", "resume", "run"]

@@ -1,0 +1,129 @@
+"""RunFolder: one run on disk; its recipe, its surroundings, its checkpoints."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedtower.core.checkpoint import list_checkpoints, storage_errors
+from fedtower.core.errors import CheckpointError
+from fedtower.core.recipe import Recipe, parse_recipe
+from fedtower.core.registry import Registry
+
+_LIBRARIES = ("fedtower", "numpy", "pandas", "torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """``runs/NAME-N``: recipe.toml, environment.json, log.jsonl, checkpoints/, and after the run summary.json, report.html."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, recipe: Recipe, registry: Registry, runs: Path) -> RunFolder:
+        """A new folder under ``runs``, with the resolved recipe and what it will run on.
+
+        Raises:
+            StorageError: the place cannot be written.
+        """
+        with storage_errors(runs):
+            runs.mkdir(parents=True, exist_ok=True)
+            number = 1 + max((_number(path, recipe.name) for path in runs.iterdir()), default=0)
+            while True:
+                path = runs / f"{recipe.name}-{number}"
+                try:
+                    path.mkdir()
+                    break
+                except FileExistsError:  # another run was quicker
+                    number += 1
+            (path / "recipe.toml").write_text(tomli_w.dumps(recipe.to_dict()), encoding="utf-8")
+            (path / "environment.json").write_text(json.dumps(environment(recipe, registry), indent=1) + "\n", encoding="utf-8")
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run. Raises CheckpointError when it is none."""
+        if not (path / "recipe.toml").is_file():
+            there = sorted(found.parent.name for found in path.parent.glob("*/recipe.toml")) if path.parent.is_dir() else []
+            raise CheckpointError(
+                f"{path} is not a run folder: it holds no recipe.toml. "
+                + (f"Beside it there are {', '.join(there[-5:])}." if there else "`fedtower run NAME` makes one.")
+            )
+        return cls(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.path / "checkpoints"
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe that the run was started with."""
+        try:
+            values = tomllib.loads((self.path / "recipe.toml").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"the run's recipe {self.path / 'recipe.toml'} cannot be read: {error}") from error
+        return parse_recipe(values)
+
+    def latest_round(self) -> int:
+        """The round of the newest checkpoint. Raises CheckpointError when there is none."""
+        rounds = list_checkpoints(self.checkpoints)
+        if not rounds:
+            raise CheckpointError(
+                f"{self.path} has no checkpoint yet: the run ended before its first one. Start it again: fedtower run {self.path / 'recipe.toml'}"
+            )
+        return rounds[-1]
+
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file whole or not at all."""
+        with storage_errors(self.path):
+            unfinished = self.path / f".{name}"
+            unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            unfinished.replace(self.path / name)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run, so that nobody else trains it at the same time; a killed process lets go by itself."""
+        with storage_errors(self.path), (self.path / ".lock").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CheckpointError(f"{self.path} is being trained by another process; wait for it, or end it") from error
+            yield
+
+
+def environment(recipe: Recipe, registry: Registry) -> dict[str, Any]:
+    """Versions, plugins and seed: what a reader needs to run it again."""
+    versions = {}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "platform": f"{sys.platform}-{platform.machine()}",
+        "cores": os.cpu_count(),
+        "seed": recipe.seed,
+        "plugins": [
+            {"name": plugin.name, "distribution": plugin.distribution, "version": plugin.version, "status": plugin.status}
+            for plugin in registry.plugins()
+        ],
+    }
+
+
+def _number(path: Path, name: str) -> int:
+    prefix, _, number = path.name.rpartition("-")
+    return int(number) if prefix == name and number.isdigit() else 0

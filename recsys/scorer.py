@@ -1,0 +1,106 @@
+"""ModelScorer: a trained model as evaluation and recommendation see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.func import vmap
+
+from fedtower.core.rows import RowStore
+from fedtower.core.store import ClientStore
+from fedtower.recsys.history import TEST, VALIDATION, Population, Split, histories
+from fedtower.recsys.models import SharedTower
+from fedtower.recsys.step import pure
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+
+# Cases are computed so many at a time, the last tile padded: each case goes through kernels of the same shapes, and its bits
+# do not depend on how many others are asked for.
+_TILE = 64
+
+_BEFORE = {"validation": VALIDATION, "test": TEST, "now": TEST + 1}
+
+
+@dataclass(frozen=True)
+class ModelScorer:
+    """Scores by the parameters given: towers, the cloud's rows, and what the clients keep.
+
+    ``moment`` says what a history may hold: up to the validation item, up to the test item (the validation item is in the
+    past by then), or everything (``now``: recommending).
+    """
+
+    tower: SharedTower
+    parameters: Mapping[str, FloatArray]
+    device_parameters: tuple[str, ...]
+    store: ClientStore
+    rows: RowStore
+    population: Population
+    split: Split
+    history_length: int
+    moment: str
+
+    @cached_property
+    def _catalogue(self) -> Tensor:
+        """All item rows, (I, W)."""
+        return torch.from_numpy(self.rows.fetch("item", np.arange(self.population.num_items, dtype=np.int64)))
+
+    def vectors(self, clients: IntArray, cut: IntArray) -> FloatArray:
+        """The user vector of each case, (M, D), from the events before its cut."""
+        return np.concatenate([vectors[:count].numpy() for vectors, count in self._vectors(clients, cut)])
+
+    def score(self, clients: IntArray, cut: IntArray, candidates: IntArray) -> FloatArray:
+        """Scores (M, N) of the candidates (M, N), where -1 is padding and scores minus infinity."""
+        out = np.empty(candidates.shape, dtype=np.float32)
+        rate = vmap(pure(self.tower, "score"), in_dims=(None, 0, 0))
+        start = 0
+        for vectors, count in self._vectors(clients, cut):
+            wanted = np.zeros((_TILE, candidates.shape[1]), dtype=np.int64)
+            wanted[:count] = np.maximum(candidates[start : start + count], 0)
+            with torch.no_grad():
+                scores = rate(self._tensors(), vectors[:, None], self._catalogue[torch.from_numpy(wanted)])
+            out[start : start + count] = scores[:count, 0].numpy()
+            start += count
+        return np.where(candidates < 0, np.float32(-np.inf), out)
+
+    def score_all(self, clients: IntArray, cut: IntArray) -> FloatArray:
+        """Scores (M, I) of the whole catalogue."""
+        rate = pure(self.tower, "score")
+        with torch.no_grad():
+            tiles = [rate(self._tensors(), vectors, self._catalogue)[:count].numpy() for vectors, count in self._vectors(clients, cut)]
+        return np.concatenate(tiles) if tiles else np.zeros((0, self.population.num_items), dtype=np.float32)
+
+    def _vectors(self, clients: IntArray, cut: IntArray) -> Iterator[tuple[Tensor, int]]:
+        """User vectors in tiles (_TILE, D), and how many of each are real."""
+        own_axis = {name: 0 for name in self.device_parameters} | {name: None for name in self.parameters}
+        represent = vmap(pure(self.tower, "represent"), in_dims=(own_axis, 0, 0, 0))
+        for start in range(0, len(clients), _TILE):
+            count = min(_TILE, len(clients) - start)
+            at = np.minimum(np.arange(start, start + _TILE), len(clients) - 1)
+            items, length, user = self._history(clients[at], cut[at])
+            own = {name: torch.from_numpy(self.store.read(name, clients[at])) for name in self.device_parameters}
+            with torch.no_grad():
+                yield represent(
+                    {**self._tensors(), **own}, self._catalogue[torch.from_numpy(items)], torch.from_numpy(length)[:, None], user
+                )[:, 0], count
+
+    def _history(self, clients: IntArray, cut: IntArray) -> tuple[IntArray, IntArray, Tensor]:
+        """Items (M, H), oldest first, how many of them are real (M,), and the user features (M, F)."""
+        distinct, owners = np.unique(clients, return_inverse=True)
+        events = self.population.events(distinct)
+        usable = self.split.parts(events).role < _BEFORE[self.moment]
+        seen = histories(events, usable, owners, cut, self.history_length)
+        length = seen.mask.sum(axis=1)
+        # The newest comes first there and last here: slot j holds the event that is length - 1 - j back.
+        back = np.maximum(length[:, None] - 1 - np.arange(self.history_length), 0)
+        items = np.take_along_axis(seen.items, back, axis=1)
+        return items, length.astype(np.int64), torch.from_numpy(self.population.user_features(distinct)[owners])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(value) for name, value in self.parameters.items()}

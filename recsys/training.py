@@ -1,0 +1,208 @@
+"""What a run trains, whichever its mode: the parts that both modes share, and the federated way of training them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedtower.core.checkpoint import grouped
+from fedtower.core.client import ClientSide
+from fedtower.core.draws import Draws
+from fedtower.core.errors import RecipeError
+from fedtower.core.hooks import Hooks
+from fedtower.core.recipe import Recipe
+from fedtower.core.registry import Registry
+from fedtower.core.round import Parts, RoundReport, make_plan, run_rounds
+from fedtower.core.server import Schedule, ServerState
+from fedtower.core.store import ClientStore
+from fedtower.recsys.batches import SequenceData
+from fedtower.recsys.history import Population, Split
+from fedtower.recsys.models import Declared, Schema
+from fedtower.recsys.scorer import ModelScorer
+from fedtower.recsys.tables import CloudTables
+
+FloatArray = NDArray[np.float32]
+Arrays = Mapping[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run has before anything is trained: its recipe, its data, and who is told."""
+
+    recipe: Recipe
+    registry: Registry
+    population: Population
+    split: Split
+    hooks: Hooks
+    draws: Draws
+    clock: Callable[[], float]
+
+
+class Training(Protocol):
+    """A model on its way, in either mode."""
+
+    def rounds(self) -> Iterator[RoundReport]:
+        """Train, one round (or epoch) an item, from where the training stands."""
+        ...
+
+    def scorer(self, moment: str) -> ModelScorer:
+        """The model as it stands, for ``validation``, ``test`` or ``now``."""
+        ...
+
+    def snapshot(self) -> Arrays:
+        """Everything that a later :meth:`restore` needs to continue bit for bit."""
+        ...
+
+    def restore(self, arrays: Arrays) -> None:
+        """Continue from a snapshot."""
+        ...
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """The model of a run: what it declares, its cloud part, and what its clients keep."""
+
+    declared: Declared
+    tables: CloudTables
+    store: ClientStore
+    data: SequenceData
+
+    def scorer(self, setting: Setting, parameters: Mapping[str, FloatArray], moment: str) -> ModelScorer:
+        """The model with these shared parameters."""
+        return ModelScorer(
+            tower=self.declared.shared,
+            parameters=parameters,
+            device_parameters=self.declared.on_device,
+            store=self.store,
+            rows=self.tables,
+            population=setting.population,
+            split=setting.split,
+            history_length=setting.recipe.local.history_length,
+            moment=moment,
+        )
+
+
+def assemble(setting: Setting, *, row_lr: float | None = None, tower_lr: float | None = None) -> Assembled:
+    """The model, initialised from the run's seed alone: both modes begin with the same bits.
+
+    Raises:
+        RecipeError: a device that torch does not have.
+    """
+    recipe, population = setting.recipe, setting.population
+    if recipe.device != "cpu" and not (recipe.device.startswith("cuda") and torch.cuda.is_available()):
+        raise RecipeError(
+            f'device = "{recipe.device}" is not there: torch {torch.__version__} sees {_devices()}. `fedtower doctor` says what is '
+            f"installed; CONTRIBUTING.md has the command that installs for a GPU"
+        )
+    torch.set_num_threads(recipe.threads)
+    generator = torch.Generator().manual_seed(int(setting.draws.bits("initial parameters")) & 0x7FFFFFFFFFFFFFFF)
+    schema = Schema(
+        num_items=population.num_items,
+        num_user_features=population.num_user_features,
+        num_item_features=population.num_item_features,
+        history_length=recipe.local.history_length,
+    )
+    declared = setting.registry.make("model", recipe.model, path="model").declare(schema, generator)
+    tables = CloudTables(
+        declared.tables,
+        declared.cloud,
+        population.item_features,
+        recipe.rows,
+        generator,
+        device=recipe.device,
+        row_lr=row_lr,
+        tower_lr=tower_lr,
+    )
+    store = ClientStore(population.num_clients)
+    for name, value in declared.device_parameters().items():
+        store.declare(name, lambda clients, value=value: np.broadcast_to(value, (len(clients), *value.shape)))
+    return Assembled(declared, tables, store, SequenceData(population, setting.split, setting.draws))
+
+
+class Federated:
+    """Trains by rounds: cohorts, updates, folding."""
+
+    def __init__(self, setting: Setting) -> None:
+        recipe, make = setting.recipe, setting.registry.make
+        self._setting = setting
+        self._model = assemble(setting)
+        transforms = [make("transform", part, path=f"transforms.{i}") for i, part in enumerate(recipe.transforms)]
+        optimizer = make("server_optimizer", recipe.server.part, path="server")
+        client = ClientSide(
+            data=self._model.data,
+            runtime=make("runtime", recipe.runtime, path="runtime").open(self._model.declared, recipe.local),
+            rows=self._model.tables,
+            transforms=transforms,
+            store=self._model.store,
+            hooks=setting.hooks,
+            draws=setting.draws,
+            device_state=self._model.declared.on_device,
+        )
+        self._parts = Parts(
+            population=setting.population.num_clients,
+            rounds=recipe.rounds,
+            sampler=make("sampler", recipe.cohort, path="cohort"),
+            transport=make("transport", recipe.transport, path="transport"),
+            client=client,
+            transforms=transforms,
+            aggregator=make("aggregator", recipe.aggregator, path="aggregator"),
+            optimizer=optimizer,
+            store=self._model.tables,
+            local=recipe.local,
+            rows=recipe.rows,
+            lr=recipe.server.lr,
+            schedule=Schedule(recipe.server.decay, recipe.server.decay_to, recipe.rounds),
+            hooks=setting.hooks,
+            draws=setting.draws,
+            clock=setting.clock,
+        )
+        parameters = self._model.declared.parameters()
+        self._state = ServerState(0, parameters, optimizer.init(parameters))
+        client.declare(make_plan(self._state, self._parts))
+
+    def rounds(self) -> Iterator[RoundReport]:
+        """Train, one round an item."""
+        for self._state, report in run_rounds(self._state, self._parts):
+            yield report
+
+    def scorer(self, moment: str) -> ModelScorer:
+        """The model as it stands."""
+        return self._model.scorer(self._setting, self._state.parameters, moment)
+
+    def snapshot(self) -> Arrays:
+        """The server's state, the tables of its generation, and what the clients keep."""
+        state = self._state
+        return {
+            "round": np.asarray(state.round, dtype=np.int64),
+            **_under("parameters", state.parameters),
+            **_under("optimizer", state.optimizer),
+            **_under("aggregator", state.aggregator),
+            **_under("tables", self._model.tables.snapshot()),
+            **_under("clients", self._model.store.snapshot()),
+        }
+
+    def restore(self, arrays: Arrays) -> None:
+        """Continue from a snapshot."""
+        self._model.tables.restore(grouped(arrays, "tables"))
+        self._model.store.restore(grouped(arrays, "clients"))
+        self._state = replace(
+            self._state,
+            round=int(arrays["round"]),
+            parameters={name: np.asarray(value, dtype=np.float32) for name, value in grouped(arrays, "parameters").items()},
+            optimizer=grouped(arrays, "optimizer"),
+            aggregator=grouped(arrays, "aggregator"),
+            generation=self._model.tables.generation,
+        )
+
+
+def _under(group: str, arrays: Arrays) -> dict[str, NDArray[np.generic]]:
+    return {f"{group}/{name}": value for name, value in arrays.items()}
+
+
+def _devices() -> str:
+    return f"cpu and {torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "the cpu only"
