@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -23,7 +24,7 @@ from fedtower.core.hooks import hookimpl
 from fedtower.core.recipe import Recipe
 from fedtower.core.round import RoundReport
 from fedtower.recsys.evaluation import Evaluation
-from fedtower.recsys.units import figure, in_bytes, in_count, in_seconds
+from fedtower.recsys.units import figure, in_bytes, in_count, in_percent, in_seconds
 
 ROWS_FOR_ALL = 40
 """Up to so many rounds, each has a row: more do not fit on a screen."""
@@ -76,6 +77,14 @@ class Display:
             self._live.start()
 
     @hookimpl
+    def run_resumed(self, round: int) -> None:
+        self.say(f"going on after {self._unit} {round}")
+
+    @hookimpl
+    def data_loaded(self, card: Mapping[str, Any]) -> None:
+        self.say(in_words(card))
+
+    @hookimpl
     def round_started(self, round: int) -> None:
         self._print_pending()
         if self._started is None:
@@ -87,14 +96,19 @@ class Display:
         self._pending = self._latest = report
 
     @hookimpl
-    def evaluated(self, evaluation: Evaluation) -> None:
-        if evaluation.role == "validation":
+    def evaluated(self, subject: str, evaluation: Evaluation) -> None:
+        if subject == "model" and evaluation.role == "validation":
             self._figures = evaluation.metrics
             self._print_pending(evaluation.metrics)
             return
         self._print_pending()
         figures = "  ".join(f"{name} {figure(value)}" for name, value in evaluation.metrics.items())
-        self.say(f"{evaluation.role}, {evaluation.protocol_label}, {in_count(evaluation.cases)} cases: {figures}")
+        self.say(f"{subject} on {evaluation.role} items, {evaluation.protocol_label}: {figures}")
+
+    @hookimpl
+    def warned(self, message: str) -> None:
+        self._print_pending()
+        self.console.print(Text.assemble(("warning: ", "bold yellow"), message), soft_wrap=True)
 
     @hookimpl
     def run_finished(self) -> None:
@@ -105,11 +119,6 @@ class Display:
     def say(self, message: str) -> None:
         """Print a line, above the live one."""
         self.console.print(Text(message), soft_wrap=True)
-
-    def warn(self, message: str) -> None:
-        """Print a warning, above the live line."""
-        self._print_pending()
-        self.console.print(Text.assemble(("warning: ", "bold yellow"), message), soft_wrap=True)
 
     def show(self, renderable: RenderableType) -> None:
         """Print a table or the like, above the live line."""
@@ -191,6 +200,19 @@ class Display:
             return ""
         began, first = self._started
         return f"{in_seconds(rest * (self._clock() - began) / max(report.round - first + 1, 1))} left"
+
+
+def in_words(card: Mapping[str, Any]) -> str:
+    """A data card (as plain values) in one line, and a line for each of its remarks.
+
+    >>> print(in_words({"name": "small", "users": 4, "items": 50, "interactions": 60, "density": 0.3}))
+    small: 4 users, 50 items, 60 interactions, density 30 %
+    """
+    counts = ", ".join(f"{in_count(card[name])} {name}" for name in ("users", "items", "interactions"))
+    first, last = (str(card.get(name) or "")[:10] for name in ("first_time", "last_time"))
+    span = f", {first} to {last}" if first and last else ""
+    remarks = "".join(f"\n  {name}: {remark}" for name, remark in card.get("extra", {}).items())
+    return f"{card['name']}: {counts}, density {in_percent(card['density'])}{span}{remarks}"
 
 
 def _row(cells: list[tuple[str, str]]) -> Text:

@@ -48,6 +48,15 @@ def in_count(count: float) -> str:
     return f"{count:,.0f}"
 
 
+def in_percent(share: float) -> str:
+    """A share, to three digits.
+
+    >>> in_percent(0.0446832), in_percent(0.3), in_percent(0.00016)
+    ('4.47 %', '30 %', '0.016 %')
+    """
+    return f"{100 * share:.3g} %"
+
+
 def figure(value: float | None) -> str:
     """A metric or a loss: three decimals below 10, three digits above; a dash where there is none.
 

@@ -29,10 +29,16 @@ class JSONLines:
     def run_started(self, recipe: Recipe, folder: Path) -> None:
         self._log = RunLog(folder)
         # A resumed run has its first line already.
-        if self._log.path.exists():
-            if self._log.record().started:
-                return
-        self._log.append("run_started", name=recipe.name, mode=recipe.mode, seed=recipe.seed, rounds=recipe.rounds)
+        if not (self._log.path.exists() and self._log.record().started):
+            self._log.append("run_started", name=recipe.name, mode=recipe.mode, seed=recipe.seed, rounds=recipe.rounds)
+
+    @hookimpl
+    def run_resumed(self, round: int) -> None:
+        self._append("resumed", round=round)
+
+    @hookimpl
+    def data_loaded(self, card: Mapping[str, Any]) -> None:
+        self._append("data", card=card)
 
     @hookimpl
     def round_finished(self, report: RoundReport) -> None:
@@ -49,30 +55,23 @@ class JSONLines:
         )
 
     @hookimpl
-    def data_loaded(self, card: Mapping[str, Any]) -> None:
-        self._append("data", card=card)
-
-    @hookimpl
-    def run_resumed(self, round: int) -> None:
-        self._append("resumed", round=round)
-
-    @hookimpl
-    def warned(self, message: str) -> None:
-        self._append("warning", message=message)
-
-    @hookimpl
     def evaluated(self, round: int, subject: str, evaluation: Evaluation) -> None:
-        about = {"role": evaluation.role, "label": evaluation.protocol_label, "metrics": evaluation.metrics}
+        figures = {"label": evaluation.protocol_label, "metrics": evaluation.metrics}
+        counts = {"cases": evaluation.cases, "users": evaluation.users}
         if subject == "model":
-            self._append("evaluation", round=round, **about, cases=evaluation.cases, users=evaluation.users)
+            self._append("evaluation", round=round, role=evaluation.role, **figures, **counts)
         else:
-            self._append("baseline", name=subject, **about)
+            self._append("baseline", name=subject, role=evaluation.role, **figures, **counts)
 
     @hookimpl
     def checkpoint_written(self, round: int, path: Path) -> None:
         log = self._opened()
         inside = path.relative_to(log.folder) if path.is_relative_to(log.folder) else path
         self._append("checkpoint", round=round, path=str(inside))
+
+    @hookimpl
+    def warned(self, message: str) -> None:
+        self._append("warning", message=message)
 
     @hookimpl
     def run_finished(self, summary: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from fedtower.core.recipe import Recipe, parse_recipe
 from fedtower.core.round import RoundReport
 from fedtower.recsys.display import Display
 from fedtower.recsys.evaluation import Evaluation
+from fedtower.recsys.history import DataCard
 
 
 def recipe(rounds: int, mode: str = "simulated") -> Recipe:
@@ -45,12 +46,15 @@ def run(display: Display, rounds: int, *, every: int = 20, mode: str = "simulate
         hooks.observe("round_finished", report=report)
         if number % every == 0:
             hooks.observe(
-                "evaluated", evaluation=Evaluation("validation", "sampled", {"HR@10": 0.51234, "NDCG@10": 0.3}, 9, 9)
+                "evaluated",
+                round=number,
+                subject="model",
+                evaluation=Evaluation("validation", "sampled", {"HR@10": 0.51234, "NDCG@10": 0.3}, 9, 9),
             )
             hooks.observe("checkpoint_written", round=number, path=Path("x"))
-    hooks.observe(
-        "evaluated", evaluation=Evaluation("test", "full ranking", {"HR@10": 0.0414, "MRR": 0.02}, 6040, 6040)
-    )
+    for subject in ("ItemPop", "model"):
+        final = Evaluation("test", "full ranking", {"HR@10": 0.0414, "MRR": 0.02}, 6040, 6040)
+        hooks.observe("evaluated", round=rounds, subject=subject, evaluation=final)
     hooks.observe("run_finished", summary={})
 
 
@@ -68,7 +72,10 @@ def test_in_a_file_a_round_is_a_plain_line() -> None:
     lines = shown(20, terminal=False)
     assert lines[0] == "round 1/20  loss 5.000  clients 1,200  dropped 0  up 20.8 MB  down 936 MB  71 s"
     assert lines[19].startswith("round 20/20  loss 5.000  HR@10 0.512  NDCG@10 0.300  clients 1,200")
-    assert lines[20:] == ["test, full ranking, 6,040 cases: HR@10 0.041  MRR 0.020"]
+    assert lines[20:] == [
+        "ItemPop on test items, full ranking: HR@10 0.041  MRR 0.020",
+        "model on test items, full ranking: HR@10 0.041  MRR 0.020",
+    ]
     assert "escape" not in "".join(lines)
 
 
@@ -116,11 +123,25 @@ def test_warnings_stand_alone_and_after_the_round_they_belong_to() -> None:
     hooks.add(display, "display")
     hooks.observe("run_started", recipe=recipe(2), folder=Path("x"))
     hooks.observe("round_finished", report=RoundReport(1, 2, float("nan"), 0, 5, 0, 0, 0.004))
-    display.warn("something is wrong with [this]")
+    hooks.observe("warned", message="something is wrong with [this]")
     display.close()
     assert out.getvalue().splitlines() == [
         "round 1/2  loss –  clients 0  dropped 5  up 0 B  down 0 B  4 ms",
         "warning: something is wrong with [this]",
+    ]
+
+
+def test_the_data_and_where_a_run_goes_on_are_said() -> None:
+    out = io.StringIO()
+    hooks = Hooks.none(report=pytest.fail)
+    hooks.add(Display(Console(file=out, width=80, highlight=False)), "display")
+    card = DataCard("movielens 1m", 6040, 3706, 1000209, 956703932, 1046454590, {"times": "as given"})
+    hooks.observe("data_loaded", card=card.to_dict())
+    hooks.observe("run_resumed", round=40)
+    assert out.getvalue().splitlines() == [
+        "movielens 1m: 6,040 users, 3,706 items, 1,000,209 interactions, density 4.47 %, 2000-04-25 to 2003-02-28",
+        "  times: as given",
+        "going on after round 40",
     ]
 
 

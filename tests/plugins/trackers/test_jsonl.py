@@ -10,6 +10,7 @@ import pytest
 from fedtower.core.hooks import Hooks
 from fedtower.core.recipe import Recipe, parse_recipe
 from fedtower.core.round import RoundReport
+from fedtower.core.testing.observer import ObserverPromises
 from fedtower.plugins.trackers.jsonl import JSONLines
 from fedtower.recsys.evaluation import Evaluation
 from fedtower.recsys.runlog import RunLog
@@ -43,13 +44,19 @@ def report(number: int) -> RoundReport:
 
 def test_a_run_is_in_its_log(tmp_path: Path) -> None:
     hooks = started(tmp_path)
+    hooks.observe("data_loaded", card={"name": "generated", "users": 3})
+    hooks.observe("warned", message="mind the gap")
     hooks.observe("round_finished", report=report(1))
-    hooks.observe("evaluated", evaluation=Evaluation("validation", "full ranking", {"HR@10": np.float64(0.5)}, 4, 3))
+    evaluation = Evaluation("test", "full ranking", {"HR@10": np.float64(0.5)}, 4, 3)
+    hooks.observe("evaluated", round=1, subject="model", evaluation=evaluation)
+    hooks.observe("evaluated", round=1, subject="ItemPop", evaluation=evaluation)
     hooks.observe("checkpoint_written", round=1, path=tmp_path / "checkpoints" / "000001")
     hooks.observe("run_finished", summary={"rounds": 1, "seconds": 0.25})
     events = [{key: value for key, value in event.items() if key != "time"} for event in RunLog(tmp_path).events()]
     assert events == [
         {"event": "run_started", "name": "small", "mode": "simulated", "seed": 3, "rounds": 9},
+        {"event": "data", "card": {"name": "generated", "users": 3}},
+        {"event": "warning", "message": "mind the gap"},
         {
             "event": "round",
             "round": 1,
@@ -64,7 +71,16 @@ def test_a_run_is_in_its_log(tmp_path: Path) -> None:
         {
             "event": "evaluation",
             "round": 1,
-            "role": "validation",
+            "role": "test",
+            "label": "full ranking",
+            "metrics": {"HR@10": 0.5},
+            "cases": 4,
+            "users": 3,
+        },
+        {
+            "event": "baseline",
+            "name": "ItemPop",
+            "role": "test",
             "label": "full ranking",
             "metrics": {"HR@10": 0.5},
             "cases": 4,
@@ -76,9 +92,16 @@ def test_a_run_is_in_its_log(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_goes_on_in_the_same_log(tmp_path: Path) -> None:
-    started(tmp_path).observe("round_finished", report=report(4))
+    first = started(tmp_path)
+    for number in (1, 2, 3):
+        first.observe("round_finished", report=report(number))
     hooks = started(tmp_path)
-    hooks.observe("evaluated", evaluation=Evaluation("test", "full ranking", {}, 4, 3))
+    hooks.observe("run_resumed", round=2)
+    hooks.observe("round_finished", report=report(3))
     events = list(RunLog(tmp_path).events())
-    assert [event["event"] for event in events] == ["run_started", "round", "evaluation"]
-    assert events[-1]["round"] == 4
+    assert [event["event"] for event in events] == ["run_started", "round", "round", "round", "resumed", "round"]
+    assert [event["round"] for event in RunLog(tmp_path).record().rounds] == [1, 2, 3]
+
+
+class TestJSONLines(ObserverPromises):
+    make = JSONLines
