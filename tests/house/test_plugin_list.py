@@ -58,10 +58,7 @@ def test_entry_points_are_named_for_their_kind_and_part() -> None:
 
 
 def test_what_is_installed_is_what_is_listed() -> None:
-    installed = {
-        entry.name: entry.value
-        for entry in metadata.entry_points(group=GROUP)
-        if entry.dist and entry.dist.name == "fedtower"
-    }
+    entries = metadata.distribution("fedtower").entry_points.select(group=GROUP)
+    installed = {entry.name: entry.value for entry in entries}
     if installed != listed():
         pytest.fail("setup.cfg lists other plugins than are installed: .venv/bin/pip install --no-deps -e .")
