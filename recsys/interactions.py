@@ -25,7 +25,7 @@ from fedtower.recsys.vocabulary import Vocabulary
 MOST_VALUES = 1_000
 """How many values a feature column may have: each takes a place in every client's feature vector."""
 
-_DTYPES = {"integer": "int64", "number": "float64", "text": "str"}
+_DTYPES = {"integer": "int64", "number": "float64", "text": "str", "time": "str"}
 # One byte that no text file holds, for separators that are longer than pandas' fast parser takes.
 _ONE_BYTE = "\x1f"
 
@@ -104,6 +104,12 @@ def read_table(path: Path, layout: Layout) -> pd.DataFrame:
     return frame
 
 
+def is_parquet(path: Path) -> bool:
+    """Whether the file is Parquet, by how it begins."""
+    with open_bytes(path) as file:
+        return file.read(4) == b"PAR1"
+
+
 def read_parquet(path: Path, columns: Sequence[Column]) -> pd.DataFrame:
     """The given columns of a Parquet file, held to the same promises as text.
 
@@ -122,7 +128,9 @@ def read_parquet(path: Path, columns: Sequence[Column]) -> pd.DataFrame:
     for place, column in enumerate(columns, start=1):
         values = frame[column.name]
         good = values.notna().to_numpy() | column.empty
-        if column.kind != "text":
+        if column.kind == "text":
+            good &= column.empty | (values.astype("str").str.strip() != "").to_numpy()
+        else:
             numbers = pd.to_numeric(values, errors="coerce")
             good &= np.isfinite(numbers.to_numpy(np.float64, na_value=np.nan)) & numbers.between(
                 column.low, column.high

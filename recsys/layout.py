@@ -10,6 +10,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Literal
 
@@ -23,7 +24,7 @@ class Column:
     """A column by name, and what its values must be; ``empty`` says that a text may be missing."""
 
     name: str
-    kind: Literal["integer", "number", "text"] = "text"
+    kind: Literal["integer", "number", "text", "time"] = "text"
     low: float = -math.inf
     high: float = math.inf
     empty: bool = False
@@ -37,16 +38,20 @@ class Column:
         """
         if self.kind == "text":
             return "any text" if self.empty else "a text that is not empty"
+        if self.kind == "time":
+            return "a time of 1970 or later in ISO 8601, such as 2024-05-01T12:30:00"
         noun = "a whole number" if self.kind == "integer" else "a number"
         if math.isfinite(self.low) and math.isfinite(self.high):
-            return f"{noun} from {self.low:g} to {self.high:g}"
-        return f"{noun} of {self.low:g} or more" if math.isfinite(self.low) else noun
+            return f"{noun} from {self.low:.12g} to {self.high:.12g}"
+        return f"{noun} of {self.low:.12g} or more" if math.isfinite(self.low) else noun
 
     def accepts(self, text: str) -> bool:
         """Whether this is such a value."""
         text = text.strip()
         if self.kind == "text":
             return self.empty or bool(text)
+        if self.kind == "time":
+            return _is_time(text)
         if self.kind == "integer" and not (_WHOLE.fullmatch(text) and abs(float(text)) < 2**63):
             return False
         try:
@@ -69,7 +74,9 @@ class Layout:
     quoted: bool = False
     encoding: str = "utf-8"
 
-    def refusal(self, path: Path, cause: str) -> DataError:
+    def refusal(
+        self, path: Path, cause: str, remedy: str = "correct or remove the line, or fetch the file again"
+    ) -> DataError:
         """The error for the first line of the file that does not fit, found line by line.
 
         ``cause`` is what made somebody look; it is what is left to say if every line fits.
@@ -166,6 +173,13 @@ class _Unpacked(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+def _is_time(text: str) -> bool:
+    try:
+        return datetime.fromisoformat(text).year >= 1970
+    except ValueError:
+        return False
 
 
 def _decoded(raw: IO[bytes], encoding: str, path: Path) -> Iterator[str]:

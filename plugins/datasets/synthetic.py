@@ -287,7 +287,7 @@ class Catalogue:
         size = self.shelf_sizes[shelf]
         zipf = _HEAD * (np.power(1 + 1 / _HEAD, at) - 1)
         rank = (size * np.where(shelf < 0, at, zipf)).astype(np.int64)
-        return self.shelf_items[self.shelf_starts[shelf] + np.minimum(rank, size - 1)]
+        return np.asarray(self.shelf_items[self.shelf_starts[shelf] + np.minimum(rank, size - 1)])
 
     def popularity(self) -> NDArray[np.float64]:
         """The probability of every item when popularity alone leads, ``(I,)``."""
@@ -330,7 +330,7 @@ def _shelf(shelf: IntArray, attempt: int) -> IntArray:
 def _counted_from_zero(values: NDArray[np.int64] | NDArray[np.bool_], offsets: IntArray, owner: IntArray) -> IntArray:
     """Each client's running sum, starting at 0 with its first value."""
     running = np.cumsum(values, dtype=np.int64)
-    return running - running[offsets[:-1]][owner]
+    return np.asarray(running - running[offsets[:-1]][owner])
 
 
 def _ratings(liked: IntArray, led: NDArray[np.bool_]) -> FloatArray:
