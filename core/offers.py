@@ -12,11 +12,15 @@ from fedtower.core.errors import FedtowerError, MissingDependency, PluginError, 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of part: the protocol that its parts follow and the test class that proves it, as ``"module:Name"``."""
+    """A kind of part: the protocol that its parts follow and the test class that proves it, as ``"module:Name"``.
+
+    ``template`` is the folder, ``"package:path"``, that ``fedtower plugins new`` makes a package of.
+    """
 
     name: str
     seam: str
     promises: str
+    template: str
     summary: str
 
 

@@ -7,43 +7,61 @@ from fedtower.core.registry import Kind, Registry
 
 KINDS = (
     Kind(
-        "sampler", "fedtower.core.cohort:Sampler", "fedtower.core.testing.sampler:SamplerPromises", "chooses a cohort"
-    ),
-    Kind(
-        "runtime",
-        "fedtower.core.runtime:RuntimeFactory",
-        "fedtower.core.testing.runtime:RuntimePromises",
-        "trains on a client",
+        "sampler",
+        seam="fedtower.core.cohort:Sampler",
+        promises="fedtower.core.testing.sampler:SamplerPromises",
+        template="fedtower.core:scaffold/sampler",
+        summary="chooses the clients of a round",
     ),
     Kind(
         "transform",
-        "fedtower.core.transform:Transform",
-        "fedtower.core.testing.transform:TransformPromises",
-        "changes updates on their way",
+        seam="fedtower.core.transform:Transform",
+        promises="fedtower.core.testing.transform:TransformPromises",
+        template="fedtower.core:scaffold/transform",
+        summary="changes updates on their way",
     ),
     Kind(
         "aggregator",
-        "fedtower.core.aggregation:Aggregator",
-        "fedtower.core.testing.aggregator:AggregatorPromises",
-        "makes many updates one",
+        seam="fedtower.core.aggregation:Aggregator",
+        promises="fedtower.core.testing.aggregator:AggregatorPromises",
+        template="fedtower.core:scaffold/aggregator",
+        summary="makes one update of many",
     ),
     Kind(
         "server_optimizer",
-        "fedtower.core.server:ServerOptimizer",
-        "fedtower.core.testing.server_optimizer:ServerOptimizerPromises",
-        "makes the total new parameters",
+        seam="fedtower.core.server:ServerOptimizer",
+        promises="fedtower.core.testing.server_optimizer:ServerOptimizerPromises",
+        template="fedtower.core:scaffold/server_optimizer",
+        summary="makes the total new parameters",
     ),
     Kind(
         "transport",
-        "fedtower.core.transport:Transport",
-        "fedtower.core.testing.transport:TransportPromises",
-        "reaches a cohort",
+        seam="fedtower.core.transport:Transport",
+        promises="fedtower.core.testing.transport:TransportPromises",
+        template="fedtower.core:scaffold/transport",
+        summary="reaches the clients of a cohort",
     ),
     Kind(
-        "tracker", "fedtower.core.hooks:Observing", "fedtower.core.testing.observer:ObserverPromises", "records a run"
+        "tracker",
+        seam="fedtower.core.hooks:Observing",
+        promises="fedtower.core.testing.observer:ObserverPromises",
+        template="fedtower.core:scaffold/tracker",
+        summary="records a run somewhere",
     ),
-    Kind("recipe", "fedtower.core.recipe:Recipe", "fedtower.core.testing.recipe:RecipePromises", "a run, as TOML"),
-    Kind("command", "click:Command", "fedtower.core.testing.command:CommandPromises", "a subcommand of `fedtower`"),
+    Kind(
+        "recipe",
+        seam="fedtower.core.recipe:Recipe",
+        promises="fedtower.core.testing.recipe:RecipePromises",
+        template="fedtower.core:scaffold/recipe",
+        summary="a whole run, as TOML",
+    ),
+    Kind(
+        "command",
+        seam="click:Command",
+        promises="fedtower.core.testing.command:CommandPromises",
+        template="fedtower.core:scaffold/command",
+        summary="a subcommand of fedtower",
+    ),
 )
 
 

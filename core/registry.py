@@ -25,14 +25,26 @@ __all__ = ["Gate", "Kind", "Offer", "PluginStatus", "Registry", "discover"]
 class PluginStatus:
     """What became of one plugin."""
 
-    name: str
-    distribution: str
-    version: str
+    source: Source
     status: Literal["active", "failed", "blocked"]
     reason: str = ""
     offers: tuple[Offer, ...] = ()
     hooks: tuple[str, ...] = ()
-    module: str = ""
+
+    @property
+    def name(self) -> str:
+        """The entry point's name."""
+        return self.source.name
+
+    @property
+    def distribution(self) -> str:
+        """What it was installed with."""
+        return self.source.distribution
+
+    @property
+    def version(self) -> str:
+        """The distribution's version."""
+        return self.source.version
 
 
 class OfferOf(Protocol):
@@ -125,6 +137,10 @@ class Registry:
         """Every plugin that was found, also those that failed or are blocked."""
         return [self._plugins[source.label] for source in self._found]
 
+    def module(self, plugin: PluginStatus) -> Any:
+        """The module of an active plugin, with its hooks."""
+        return self.manager.get_plugin(plugin.source.label)
+
     def get(self, kind: str, name: str) -> Offer:
         """The offer of that name.
 
@@ -211,7 +227,7 @@ class Registry:
         for source, plugin in entered:
             if self._call(source, plugin, "fedtower_register"):
                 hooks = tuple(name for name in hooks_of(self.manager, plugin) if not name.startswith("fedtower_"))
-                self._record(source, "active", offers=tuple(self._staged), hooks=hooks)
+                self._plugins[source.label] = PluginStatus(source, "active", "", tuple(self._staged), hooks)
             self._staged = []
         self._admit(self._own_offers)
         self.manager.check_pending()
@@ -220,14 +236,14 @@ class Registry:
         """The source's module, registered with pluggy; ``None`` when it is kept out or broken."""
         objection = next(filter(None, (gate.objection(source) for gate in self._gates)), "")
         if objection:
-            self._record(source, "blocked", objection)
+            self._plugins[source.label] = PluginStatus(source, "blocked", objection)
             return None
         try:
             plugin = source.load()
             _check_spec(plugin)
             add_plugin(self.manager, plugin, source.label)
         except (Exception, SystemExit) as error:  # whatever a stranger's module does at import, it does to itself
-            self._record(source, "failed", reason(error))
+            self._plugins[source.label] = PluginStatus(source, "failed", reason(error))
             return None
         return plugin
 
@@ -242,7 +258,7 @@ class Registry:
         except (Exception, SystemExit) as error:
             self.manager.unregister(plugin)
             self._kinds = kinds
-            self._record(source, "failed", reason(error))
+            self._plugins[source.label] = PluginStatus(source, "failed", reason(error))
             return False
         finally:
             self._registering = None
@@ -261,18 +277,6 @@ class Registry:
                 )
             added[key] = offer
         self._offers |= added
-
-    def _record(
-        self,
-        source: Source,
-        status: Literal["active", "failed", "blocked"],
-        why: str = "",
-        offers: tuple[Offer, ...] = (),
-        hooks: tuple[str, ...] = (),
-    ) -> None:
-        self._plugins[source.label] = PluginStatus(
-            source.name, source.distribution, source.version, status, why, offers, hooks, source.module
-        )
 
 
 def discover(gates: Iterable[Gate] = (), folder: Path | None = None) -> Registry:

@@ -8,12 +8,24 @@ from fedtower.core.registry import Kind, Registry
 KINDS = (
     Kind(
         "dataset",
-        "fedtower.recsys.history:Dataset",
-        "fedtower.recsys.testing.dataset:DatasetPromises",
-        "who touched what",
+        seam="fedtower.recsys.history:Dataset",
+        promises="fedtower.recsys.testing.dataset:DatasetPromises",
+        template="fedtower.recsys:scaffold/dataset",
+        summary="who touched what, and when",
     ),
     Kind(
-        "model", "fedtower.recsys.models:Model", "fedtower.recsys.testing.model:ModelPromises", "towers, tables, a loss"
+        "model",
+        seam="fedtower.recsys.models:Model",
+        promises="fedtower.recsys.testing.model:ModelPromises",
+        template="fedtower.recsys:scaffold/model",
+        summary="tables and towers, and where they live",
+    ),
+    Kind(
+        "runtime",
+        seam="fedtower.core.runtime:RuntimeFactory",
+        promises="fedtower.recsys.testing.runtime:RuntimePromises",
+        template="fedtower.recsys:scaffold/runtime",
+        summary="trains a model on clients",
     ),
 )
 

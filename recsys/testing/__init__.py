@@ -1,0 +1,1 @@
+"""Promises of the recommender's kinds: datasets need numpy; models and runtimes need torch."""
