@@ -45,38 +45,23 @@ class Archive:
     licence_url: str
     md5: str | None = None
 
-    @property
-    def url(self) -> str:
-        """Where the file is."""
-        return f"{self.site.rstrip('/')}/{self.file}"
 
-    def fetch(self, into: Path, progress: Progress) -> Path:
-        """The unpacked folder in ``into``, downloaded if it is not there.
+def fetch(archive: Archive, into: Path, progress: Progress, site: str | None = None) -> Path:
+    """The archive's folder in ``into``, downloaded if it is not there; ``site`` is a mirror of the official one.
 
-        Raises:
-            DataError: the site cannot be reached, or what it sent is not what it should be.
-        """
-        target = into / self.folder
-        if target.is_dir():
-            return target
-        into.mkdir(parents=True, exist_ok=True)
-        partial = into / f"{self.file}.part"
-        download(self.url, partial, progress)
-        self._check(partial)
-        _unpack(partial, self.folder, into)
-        partial.unlink()
+    Raises:
+        DataError: the site cannot be reached, or what it sent is not what it should be.
+    """
+    target = into / archive.folder
+    if target.is_dir():
         return target
-
-    def _check(self, path: Path) -> None:
-        expected = self.md5 or _published_md5(self.url)
-        with path.open("rb") as file:
-            got = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-        if got != expected:
-            path.unlink()
-            raise DataError(
-                f"{self.url} has the md5 checksum {got}, but {expected} was expected: it was damaged on the way, or is "
-                "another file; it was removed, so try again, and if that does not help, get it by hand from the site"
-            )
+    into.mkdir(parents=True, exist_ok=True)
+    url, partial = f"{(site or archive.site).rstrip('/')}/{archive.file}", into / f"{archive.file}.part"
+    download(url, partial, progress)
+    _check(partial, archive.md5 or _published_md5(url), url)
+    _unpack(partial, archive.folder, into)
+    partial.unlink()
+    return target
 
 
 class Downloadable(Protocol):
@@ -141,6 +126,17 @@ def _download_on(url: str, path: Path, progress: Progress) -> bool:
                 have += len(piece)
                 progress(have, total)
     return total is None or have >= total
+
+
+def _check(path: Path, expected: str, url: str) -> None:
+    with path.open("rb") as file:
+        got = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if got != expected:
+        path.unlink()
+        raise DataError(
+            f"{url} has the md5 checksum {got}, but {expected} was expected: it was damaged on the way, or is another "
+            "file; it was removed, so try again, and if that does not help, get it by hand from the official site"
+        )
 
 
 def _published_md5(url: str) -> str:

@@ -18,8 +18,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fedtower.core.errors import DataError
-from fedtower.recsys.history import EventTable, FloatArray, HeldOut
+from fedtower.recsys.event_table import EventTable
 from fedtower.recsys.layout import Column, Layout, open_bytes
+from fedtower.recsys.population import FloatArray, HeldOut
 from fedtower.recsys.vocabulary import Vocabulary
 
 MOST_VALUES = 1_000

@@ -24,7 +24,7 @@ from fedtower.core.draws import Draws
 from fedtower.core.errors import DataError
 from fedtower.core.hooks import hookimpl
 from fedtower.core.registry import Registry
-from fedtower.recsys.history import DataCard, Events, HeldOut, blocks, check_rows
+from fedtower.recsys.population import DataCard, Events, HeldOut, blocks, check_rows
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]

@@ -12,7 +12,7 @@ import pandas as pd
 
 from fedtower.core.draws import Draws
 from fedtower.core.errors import DataError
-from fedtower.recsys.history import EventTable
+from fedtower.recsys.event_table import EventTable
 from fedtower.recsys.interactions import Interactions, is_parquet, read_parquet, read_table
 from fedtower.recsys.layout import Column, Layout
 

@@ -13,7 +13,7 @@ from fedtower.core.errors import DataError
 from fedtower.plugins.datasets.movielens.editions import EDITIONS, Edition
 from fedtower.plugins.datasets.movielens.ncf import read_split
 from fedtower.recsys.archive import Archive, cache_folder
-from fedtower.recsys.history import EventTable
+from fedtower.recsys.event_table import EventTable
 from fedtower.recsys.interactions import Interactions
 
 # The first rating of all is of 1995 (Unix time 789,652,009): a smaller fourth field counts ratings, not seconds.

@@ -15,9 +15,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from fedtower.core.errors import DataError, LeakError
-from fedtower.recsys.history import HeldOut
 from fedtower.recsys.interactions import read_table
 from fedtower.recsys.layout import Column, Layout, find_file, open_bytes
+from fedtower.recsys.population import HeldOut
 from fedtower.recsys.vocabulary import Vocabulary
 
 IntArray = NDArray[np.int64]

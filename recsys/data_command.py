@@ -1,0 +1,127 @@
+"""``fedtower data``: what a data set holds, and how to get one that is published elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from fedtower.core.cli import pass_registry
+from fedtower.core.draws import Draws
+from fedtower.core.errors import RecipeError
+from fedtower.core.recipe import load_recipe, override_values
+from fedtower.core.registry import Registry
+from fedtower.core.settings import Part, build_part
+from fedtower.recsys.archive import Archive, cache_folder, fetch
+from fedtower.recsys.population import DataCard, Dataset
+from fedtower.recsys.units import in_count, in_percent
+
+_OVERRIDE = click.option(
+    "-o",
+    "--override",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A setting, such as data.path=ratings.csv.",
+)
+
+
+@click.group()
+def data() -> None:
+    """Show what a data set holds, or download one from its official site."""
+
+
+@data.command()
+@click.argument("name", metavar="RECIPE-OR-DATASET")
+@_OVERRIDE
+@click.option("--json", "as_json", is_flag=True, help="Print the card as JSON.")
+@pass_registry
+def card(registry: Registry, name: str, overrides: Sequence[str], as_json: bool) -> None:
+    """Load a data set, of a recipe or by its own name, and print its card."""
+    part, seed = _part(registry, name, overrides)
+    dataset: Dataset = registry.make("dataset", part, path="data")
+    notes = Console(stderr=True, highlight=False)
+    found = dataset.load(draws=Draws(seed), progress=lambda text: notes.print(text, style="dim")).card
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        Console(highlight=False).print(card_table(found))
+
+
+@data.command(name="fetch")
+@click.argument("name", metavar="DATASET")
+@click.option("--version", metavar="NAME", help="Which edition, where there are several.")
+@_OVERRIDE
+@click.option("--accept-licence", is_flag=True, help="You have read the licence that is shown, and accept it.")
+@click.option("--site", metavar="URL", help="A mirror to use instead of the official site.")
+@pass_registry
+def fetch_command(
+    registry: Registry,
+    name: str,
+    version: str | None,
+    overrides: Sequence[str],
+    accept_licence: bool,
+    site: str | None,
+) -> None:
+    """Download a data set into this user's cache, after showing its licence."""
+    part, _ = _part(registry, name, [*overrides, *([f"data.version={version}"] if version else [])])
+    archive = getattr(registry.make("dataset", part, path="data"), "archive", None)
+    if not isinstance(archive, Archive):
+        raise RecipeError(f"the data set {part.name!r} is not one that can be downloaded; set data.path to its files")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{archive.folder}: {archive.licence}\nIn full: {archive.licence_url}")
+    if not accept_licence:
+        raise RecipeError("nothing was downloaded: read the licence, and if you accept it, add --accept-licence")
+    folder = _fetch(archive, site, console)
+    console.print(f"{archive.folder} is in {folder}\nNext: fedtower data card {name}" + _again(part))
+
+
+def card_table(found: DataCard) -> Table:
+    """A data card for a terminal."""
+    table = Table(title=found.name, show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    shown = found.to_dict()
+    span = [str(shown[edge])[:10] for edge in ("first_time", "last_time") if shown[edge] is not None]
+    rows = {
+        "users": in_count(found.users),
+        "items": in_count(found.items),
+        "interactions": in_count(found.interactions),
+        "density": in_percent(found.density),
+        "time span": " to ".join(span) or "unknown",
+        **found.extra,
+    }
+    for noun, text in rows.items():
+        table.add_row(noun, text)
+    return table
+
+
+def _part(registry: Registry, name: str, overrides: Sequence[str]) -> tuple[Part, int]:
+    """The data set that is meant, and the seed of its run: a data set's own name comes before a recipe's."""
+    if name in {offer.name for offer in registry.offers("dataset")}:
+        values: dict[str, Any] = override_values({"data": {"name": name}}, overrides)
+        return build_part(values["data"], path="data"), int(values.get("seed", 0))
+    recipe = load_recipe(name, overrides, registry)
+    return recipe.data.part, recipe.seed
+
+
+def _fetch(archive: Archive, site: str | None, console: Console) -> Path:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(archive.file, total=None)
+        return fetch(
+            archive,
+            cache_folder(),
+            lambda done, total: progress.update(task, completed=done, total=total),
+            site=site,
+        )
+
+
+def _again(part: Part) -> str:
+    return "".join(f" -o data.{key}={value}" for key, value in part.settings.items())
