@@ -18,7 +18,7 @@ test: .venv/.ready-to-test  ## format, lint, types, import arrows, doctests, tes
 	$(call stage,format,$(BIN)/ruff format --check --quiet .)
 	$(call stage,lint,$(BIN)/ruff check --quiet .)
 	$(call stage,types,$(BIN)/mypy)
-	$(call stage,import arrows,$(BIN)/lint-imports)
+	$(call stage,import arrows,$(BIN)/lint-imports --no-cache)
 	$(call stage,tests,$(BIN)/python -m pytest -q -rfEs -n $(WORKERS) --dist worksteal)
 
 soak: .venv/.ready-to-test  ## the sizes that are too long for `make test`

@@ -1,9 +1,9 @@
 """What may be imported where, looked at from fresh interpreters."""
 
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -86,11 +86,13 @@ def test_the_search_for_heavy_modules_finds_them() -> None:
 
 def test_help_answers_in_under_half_a_second() -> None:
     def seconds() -> float:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "fedtower", "--help"], cwd=ROOT, capture_output=True, check=True)
-        return time.perf_counter() - start
+        # Of the processor, not of the clock: the neighbours on this machine are not what is measured.
+        child = subprocess.Popen([sys.executable, "-m", "fedtower", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL)
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        assert child.returncode == 0
+        return usage.ru_utime + usage.ru_stime
 
-    # The best of five: the neighbours on this machine are not what is measured.
     assert min(seconds() for _ in range(5)) < 0.5
 
 
