@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,6 @@ ROOMS = ("core", "plugins", "protos", "recsys")
 
 HEAVY = {"torch", "torchrec", "fbgemm_gpu", "pandas", "pyarrow", "onnx", "faiss", "mlflow", "tensorboard"}
 NOT_ON_A_DEVICE = HEAVY | {"click", "rich"}
-
-# The command host and the commands that core offers itself.
-COMMAND_LINE = ("cli", "plugin_commands")
 
 # The floor of recsys that devices stand on too.
 STARRED = ("vocabulary", "history", "batches", "negatives", "metrics", "evaluation")
@@ -32,12 +30,13 @@ def modules_after(code: str, cwd: Path = ROOT) -> set[str]:
 
 
 def device_path() -> list[str]:
-    core = [
-        f"fedtower.core.{path.stem}"
-        for path in sorted((ROOT / "core").glob("*.py"))
-        if path.stem not in ("__init__", *COMMAND_LINE)
-    ]
-    return core + [f"fedtower.recsys.{name}" for name in STARRED]
+    """Core without its top layer, which is the command line and the promises, and the lower floor of recsys."""
+    parser = ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    top = parser["importlinter:contract:core"]["layers"].strip().splitlines()[0]
+    above = {"__init__", *(name.strip() for name in top.split(":"))}
+    core = sorted(path.stem for path in (ROOT / "core").glob("*.py") if path.stem not in above)
+    return [f"fedtower.core.{name}" for name in core] + [f"fedtower.recsys.{name}" for name in STARRED]
 
 
 @pytest.mark.parametrize("room", ROOMS)
