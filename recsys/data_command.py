@@ -11,6 +11,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from fedtower.core.cli import pass_registry
 from fedtower.core.draws import Draws
@@ -73,18 +74,19 @@ def fetch_command(
     part, _ = _part(registry, name, [*overrides, *([f"data.version={version}"] if version else [])])
     archive = getattr(registry.make("dataset", part, path="data"), "archive", None)
     if not isinstance(archive, Archive):
-        raise RecipeError(f"the data set {part.name!r} is not one that can be downloaded; set data.path to its files")
+        raise RecipeError(f"the data set {part.name!r} is not one that can be downloaded")
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"{archive.folder}: {archive.licence}\nIn full: {archive.licence_url}")
     if not accept_licence:
         raise RecipeError("nothing was downloaded: read the licence, and if you accept it, add --accept-licence")
+    console.print(f"downloading {archive.file} from {site or archive.site}")
     folder = _fetch(archive, site, console)
     console.print(f"{archive.folder} is in {folder}\nNext: fedtower data card {name}" + _again(part))
 
 
 def card_table(found: DataCard) -> Table:
     """A data card for a terminal."""
-    table = Table(title=found.name, show_header=False, title_justify="left")
+    table = Table(title=Text(found.name), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     shown = found.to_dict()
@@ -98,7 +100,7 @@ def card_table(found: DataCard) -> Table:
         **found.extra,
     }
     for noun, text in rows.items():
-        table.add_row(noun, text)
+        table.add_row(noun, Text(text))
     return table
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtower.core.errors import LeakError
 from fedtower.recsys.event_table import EventTable
 from fedtower.recsys.population import DataCard, Dataset, Events, HeldOut, IntArray, Population, blocks, check_rows
 from fedtower.recsys.splits import SPLITS, TEST, TRAIN, VALIDATION, Split, SplitParts, check_split, make_split
@@ -27,7 +26,6 @@ __all__ = [
     "Split",
     "SplitParts",
     "blocks",
-    "check_leak",
     "check_rows",
     "check_split",
     "histories",
@@ -75,21 +73,3 @@ def histories(events: Events, usable: BoolArray, owners: IntArray, cut: IntArray
     if not len(chosen):
         return Histories(np.zeros_like(at), mask)
     return Histories(np.where(mask, chosen[np.where(mask, at, 0)], 0), mask)
-
-
-def check_leak(targets: IntArray, seen: IntArray, what: str, mask: BoolArray | None = None) -> None:
-    """Refuse targets ``(M,)`` that are among what a model is shown for them, ``(M, n)``: a history, or negatives.
-
-    >>> check_leak(np.array([3]), np.array([[1, 3]]), "negatives")
-    Traceback (most recent call last):
-    fedtower.core.errors.LeakError: item row 3 is a target and is also in its own negatives (case 0); ...
-    """
-    hit = seen == targets[:, None]
-    if mask is not None:
-        hit &= mask
-    if hit.any():
-        case = int(np.flatnonzero(hit.any(axis=1))[0])
-        raise LeakError(
-            f"item row {targets[case]} is a target and is also in its own {what} (case {case}); "
-            "a model must be shown only what came before, and negatives that the user never touched"
-        )

@@ -189,7 +189,7 @@ def _time_edges(population: Population, held: float, test: float, draws: Draws) 
         clients = np.sort(draws.permutation(len(clients), "split/clients")[:_QUANTILE_CLIENTS])
     times = population.events(clients).times
     # An edge is a time that occurs: events in the same second are on the same side of it.
-    edges = np.quantile(times, [1 - held, 1 - test], method="lower")
+    edges = np.quantile(times, [1 - held, 1 - test], method="higher")
     return float(edges[0]), float(edges[1])
 
 

@@ -68,8 +68,9 @@ class MovieLens:
         """
         name = self._edition.archive.folder
         if self.path is not None:
-            if self.path.is_dir():
-                return self.path
+            folder = self.path.expanduser()
+            if folder.is_dir():
+                return folder
             raise DataError(f"data.path = {str(self.path)!r} is not a folder; expected the files of {name} there")
         root = os.environ.get("FEDTOWER_DATA")
         places = [*([Path(root) / name] if root else []), cache_folder() / name]
