@@ -40,7 +40,12 @@ class Offer:
     @property
     def origin(self) -> str:
         """Who brings it, for messages."""
-        return f"{self.plugin} of {self.distribution} {self.version}".rstrip() if self.distribution else self.plugin
+        return f"{self.plugin} of {self.package}" if self.distribution else self.plugin
+
+    @property
+    def package(self) -> str:
+        """The distribution and its version."""
+        return f"{self.distribution} {self.version}".strip()
 
 
 def load_target(offer: Offer) -> Any:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from fedtower.core.discovery import Gate
 from fedtower.core.errors import MissingDependency, PluginError, RecipeError, nearest
+from fedtower.core.offers import Offer
+from fedtower.core.overrides import NamedPart, override_values
 from fedtower.core.plan import LocalSettings, RowSettings, StandaloneSettings
 from fedtower.core.registry import Registry, discover
 from fedtower.core.settings import Part, build, plain
@@ -40,7 +40,8 @@ class DataSection:
         default="leave_one_out", metadata={"help": "what is held out of every user's events"}
     )
     validation: bool = field(
-        default=True, metadata={"help": "hold a validation item out too: what the learning curve and all tuning look at"}
+        default=True,
+        metadata={"help": "hold a validation item out too: what the learning curve and all tuning look at"},
     )
     test_fraction: float = field(default=0.2, metadata={"help": "share of the events held out by time or at random"})
 
@@ -164,7 +165,7 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = (), registr
     text, origin = _read(name_or_path, registry)
     overrides = list(overrides)
     try:
-        values = override_values(tomllib.loads(text), overrides)
+        values = override_values(tomllib.loads(text), overrides, SECTIONS)
         recipe = parse_recipe(values)
         registry.restrict(Gate("the recipe's [plugins]", recipe.plugins.allow, recipe.plugins.block))
         check(recipe, registry)
@@ -197,91 +198,46 @@ def check(recipe: Recipe, registry: Registry) -> None:
             continue
 
 
-def override_values(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """``values`` with every ``"dotted.key=value"`` set; a value is TOML, or else a string.
-
-    Naming another part drops the settings of the one it replaces, since they are not the new one's.
-
-    >>> override_values({"transforms": [{"name": "clip", "norm": 1.0}]}, ["transforms.0.norm=2"])
-    {'transforms': [{'name': 'clip', 'norm': 2}]}
-    >>> override_values({"server": {"optimizer": "adam", "beta1": 0.9, "lr": 0.1}}, ["server.optimizer=sgd"])
-    {'server': {'lr': 0.1, 'optimizer': 'sgd'}}
-    """
-    changed: dict[str, Any] = deepcopy(dict(values))
-    # Names first: a setting is of the part that is named in the end, in whatever order the two were typed.
-    for keys, value in sorted(map(_split_override, overrides), key=lambda override: not _names_part(override[0])):
-        _set(changed, keys, value)
-    return changed
-
-
-def _split_override(override: str) -> tuple[list[str], Any]:
-    key, equals, text = override.partition("=")
-    keys = key.strip().split(".")
-    if not equals or not all(keys):
-        raise RecipeError(f"an override is key=value, such as aggregator.name=median, but this is {override!r}")
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        parsed = {}
-    return keys, parsed["value"] if set(parsed) == {"value"} else text.strip()
-
-
-def _set(values: dict[str, Any], keys: list[str], value: Any) -> None:
-    place: Any = values
-    for depth, (key, following) in enumerate(pairwise(keys), start=1):
-        place = _enter(place, key, following, ".".join(keys[:depth]))
-    last, path = keys[-1], ".".join(keys)
-    if isinstance(place, list):
-        _enter(place, last, "", path)
-        place[int(last)] = value
-        return
-    if not isinstance(place, dict):
-        raise RecipeError(f"{path} cannot be set: {'.'.join(keys[:-1])} is {place!r}, which has nothing inside")
-    if _names_part(keys) and place.get(last) != value:
-        kept = {name: place[name] for name in place if name in _common_keys(keys[0])}
-        place.clear()
-        place.update(kept)
-    place[last] = value
-
-
-def _enter(place: Any, key: str, following: str, path: str) -> Any:
-    """What is at ``key``, made if it is not there: an entry may be appended to a list, and a section begun."""
-    if isinstance(place, list):
-        if not key.isdecimal() or int(key) > len(place):
-            raise RecipeError(f"{path} is not there: the list has {len(place)} entries, from 0 on")
-        if int(key) == len(place):
-            place.append({})
-        return place[int(key)]
-    if isinstance(place, dict):
-        return place.setdefault(key, [] if following.isdecimal() else {})
-    raise RecipeError(f"{path} is not there: what should hold it is {place!r}")
-
-
-def _names_part(keys: list[str]) -> bool:
-    section, last = _SECTIONS.get(keys[0]), keys[-1]
-    return (
-        section is not None and last == section[0] and len(keys) == (3 if keys[0] in ("transforms", "trackers") else 2)
-    )
-
-
-def _common_keys(section: str) -> tuple[str, ...]:
-    return _SECTIONS[section][1]
-
-
-def _sections() -> dict[str, tuple[str, tuple[str, ...]]]:
-    """For each section that names a part: the key that does, and the keys that are not the part's."""
-    found: dict[str, tuple[str, tuple[str, ...]]] = {}
+def _sections() -> dict[str, NamedPart]:
+    """The sections that name a part, as the recipe's types say."""
+    found: dict[str, NamedPart] = {}
     for name, hint in get_type_hints(Recipe).items():
         if hint in (Part, tuple[Part, ...]):
-            found[name] = ("name", ())
+            found[name] = NamedPart(several=hint is not Part)
         elif is_dataclass(hint):
             part = next((f for f in fields(hint) if "part" in f.metadata), None)
             if part is not None:
-                found[name] = (part.metadata["part"], tuple(f.name for f in fields(hint) if f is not part))
+                common = tuple(f.name for f in fields(hint) if f is not part)
+                found[name] = NamedPart(part.metadata["part"], common)
     return found
 
 
-_SECTIONS = _sections()
+SECTIONS = _sections()
+"""The sections of a recipe that name a part."""
+
+SECTION_OF = {
+    "dataset": "data",
+    "model": "model",
+    "sampler": "cohort",
+    "runtime": "runtime",
+    "transform": "transforms",
+    "aggregator": "aggregator",
+    "server_optimizer": "server",
+    "transport": "transport",
+    "tracker": "trackers",
+}
+"""The section in which a recipe names a part of each kind."""
+
+
+def recipe_text(offer: Offer) -> str:
+    """The TOML of an offered recipe."""
+    package, _, file = offer.target.partition(":")
+    try:
+        return resources.files(package).joinpath(file).read_text("utf-8")
+    except (OSError, ModuleNotFoundError, UnicodeDecodeError) as error:
+        raise PluginError(
+            f"the recipe {offer.name!r} of {offer.origin} cannot be read from {offer.target}: {error}"
+        ) from error
 
 
 def _read(name_or_path: str | Path, registry: Registry) -> tuple[str, str]:
@@ -289,13 +245,7 @@ def _read(name_or_path: str | Path, registry: Registry) -> tuple[str, str]:
     path = Path(name_or_path)
     if isinstance(name_or_path, str) and path.suffix != ".toml":
         offer = registry.get("recipe", name_or_path)
-        package, _, file = offer.target.partition(":")
-        try:
-            return resources.files(package).joinpath(file).read_text("utf-8"), f"the recipe {offer.name}"
-        except (OSError, ModuleNotFoundError, UnicodeDecodeError) as error:
-            raise PluginError(
-                f"the recipe {offer.name!r} of {offer.origin} cannot be read from {offer.target}: {error}"
-            ) from error
+        return recipe_text(offer), f"the recipe {offer.name}"
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -229,13 +229,18 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _default(f: dataclasses.Field[Any]) -> str | None:
     if f.default is not MISSING:
-        return _toml(f.default)
+        return toml_value(f.default)
     if f.default_factory is not MISSING:
-        return _toml(f.default_factory())
+        return toml_value(f.default_factory())
     return None
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A plain value as TOML writes it; ``none`` for ``None``, which TOML cannot.
+
+    >>> toml_value((10, 20)), toml_value(True), toml_value("mean")
+    ('[10, 20]', 'true', '"mean"')
+    """
     # JSON's strings, numbers, booleans and lists are written like TOML's.
     return "none" if value is None else json.dumps(plain(value), default=str)
 

@@ -18,6 +18,18 @@ from fedtower.core.updates import Rows, Updates
 DENSE_SHAPES: dict[str, tuple[int, ...]] = {"tower.weight": (3, 2), "tower.bias": (3,), "scale": ()}
 TABLE_ROWS, TABLE_DIM = 11, 4
 
+DATA_CARD: dict[str, Any] = {
+    "name": "example",
+    "users": 100,
+    "items": 200,
+    "interactions": 5_000,
+    "density": 0.25,
+    "first_time": "2020-01-01T00:00:00+00:00",
+    "last_time": "2021-01-01T00:00:00+00:00",
+    "extra": {"source": "made up"},
+}
+"""What observers are given in ``data_loaded``."""
+
 
 def plan(round: int = 1, seed: int = 1) -> Plan:
     """What a cohort of round ``round`` is sent: three small parameters."""

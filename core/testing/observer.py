@@ -78,7 +78,11 @@ class ObserverPromises(Promises):
 
 def a_run(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
     """Every hook of the observing family, as a run of three rounds calls them."""
-    calls: list[tuple[str, Mapping[str, Any]]] = [("run_started", {"recipe": examples.recipe(), "folder": folder})]
+    calls: list[tuple[str, Mapping[str, Any]]] = [
+        ("run_started", {"recipe": examples.recipe(), "folder": folder}),
+        ("data_loaded", {"card": examples.DATA_CARD}),
+        ("run_resumed", {"round": 0}),
+    ]
     for round in (1, 2, 3):
         calls += [
             ("round_started", {"round": round, "cohort": examples.cohort(round)}),
@@ -88,7 +92,9 @@ def a_run(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
         ]
     return [
         *calls,
-        ("evaluated", {"evaluation": examples.Evaluation()}),
+        ("evaluated", {"round": 3, "subject": "model", "evaluation": examples.Evaluation()}),
+        ("evaluated", {"round": 3, "subject": "ItemPop", "evaluation": examples.Evaluation(role="test")}),
         ("checkpoint_written", {"round": 3, "path": folder / "checkpoints" / "000003"}),
+        ("warned", {"message": "something is not as it should be"}),
         ("run_finished", {"summary": {"rounds": 3, "seconds": 0.75, "metrics": {"HR@10": 0.5}}}),
     ]
