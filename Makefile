@@ -38,9 +38,9 @@ endef
 .venv/bin/python:
 	@[ -n "$(PYTHON)" ] || { echo "no python3.11 found: install it, or say make PYTHON=/path/to/python3.11 ..."; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "$(PYTHON) is older than Python 3.11: say make PYTHON=/path/to/python3.11 ..."; exit 1; }
+		|| { echo "$(PYTHON) is not there, or is older than Python 3.11: say make PYTHON=/path/to/python3.11 ..."; exit 1; }
 	@echo "== making .venv with $(PYTHON)"
-	@"$(PYTHON)" -m venv .venv
+	@"$(PYTHON)" -m venv .venv || { rm -rf .venv; echo "$(PYTHON) cannot make an environment: is its venv package there?"; exit 1; }
 
 # The package goes in without its dependencies: every one of them is pinned, and `pip check` sees that none is missing.
 .venv/.ready-to-run: requirements/cpu.txt $(PACKAGING) | .venv/bin/python
