@@ -141,7 +141,7 @@ def read_parquet(path: Path, columns: Sequence[Column]) -> pd.DataFrame:
             row = int(np.flatnonzero(~good)[0])
             raise DataError(
                 f"{path}, row {row + 1}, column {place} ({column.name}): expected {column.expected}, got "
-                f"{values.iloc[row]!r}; correct or remove the row"
+                f"{values.tolist()[row]!r}; correct or remove the row"
             )
     return frame.astype({column.name: _DTYPES[column.kind] for column in columns})
 
@@ -203,9 +203,11 @@ def _parse(path: Path, layout: Layout) -> pd.DataFrame:
                 keep_default_na=False,  # an item may be called NA
                 index_col=False,
             )
-        except pd.errors.EmptyDataError as error:
-            raise DataError(f"{path} is empty; fetch the file again") from error
+        except pd.errors.EmptyDataError:
+            frame = pd.DataFrame(columns=names)
     layout.places(path, [str(name) for name in frame.columns])
+    if frame.empty:
+        raise DataError(f"{path} is empty; expected lines of {', '.join(names)}")
     return frame[names]
 
 
