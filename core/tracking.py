@@ -42,12 +42,14 @@ def round_figures(report: RoundReport) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items() if math.isfinite(value)}
 
 
-def evaluation_figures(evaluation: Measured) -> dict[str, float]:
-    """The figures of an evaluation by role, protocol and metric.
+def evaluation_figures(subject: str, evaluation: Measured) -> dict[str, float]:
+    """The figures of an evaluation by role, protocol and metric; those of a baseline have its name in front.
 
     >>> from types import SimpleNamespace
-    >>> evaluation_figures(SimpleNamespace(role="test", protocol_label="full ranking", metrics={"HR@10": 0.5}))
-    {'test (full ranking)/HR@10': 0.5}
+    >>> judged = SimpleNamespace(role="test", protocol_label="full ranking", metrics={"HR@10": 0.5})
+    >>> evaluation_figures("model", judged), evaluation_figures("ItemPop", judged)
+    ({'test (full ranking)/HR@10': 0.5}, {'ItemPop test (full ranking)/HR@10': 0.5})
     """
-    where = f"{evaluation.role} ({evaluation.protocol_label})"
+    of = "" if subject == "model" else f"{subject} "
+    where = f"{of}{evaluation.role} ({evaluation.protocol_label})"
     return {f"{where}/{name}": float(value) for name, value in evaluation.metrics.items() if math.isfinite(value)}
