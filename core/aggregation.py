@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,16 +12,17 @@ from fedtower.core.errors import UpdateError
 from fedtower.core.updates import Rows, Updates
 
 IntArray = NDArray[np.int64]
-State = Mapping[str, NDArray[np.generic]]
+State = Mapping[str, NDArray[Any]]
 
-# A weighted delta is rounded to a multiple of this before it is summed, so that what is summed are integers: at 2**-32 a delta
-# of 1e-6 keeps 12 bits, and a round's total may reach 2**31.
+# A weighted delta is rounded to a multiple of this before it is summed, so that what is summed are integers: at 2**-32
+# a delta of 1e-6 keeps 12 bits, and a round's total may reach 2**31.
 GRID = 2.0**-32
 
 
 class Aggregator(Protocol):
-    """Folds a cohort's blocks into one total: ``weights`` (1,), ``dense[name]`` (1, *shape) and, by table, the mean delta of
-    each touched row over the clients that touched it, with the weight of those clients in ``row_weights``."""
+    """Folds a cohort's blocks into one total: ``weights`` (1,), ``dense[name]`` (1, *shape) and, by table, the mean
+    delta of each touched row over the clients that touched it, with the weight of those clients in ``row_weights``.
+    """
 
     def fold(self, blocks: Iterable[Updates], state: State) -> tuple[Updates, State]:
         """The total of ``blocks`` and the aggregator's next state. Raises UpdateError when there is nothing to fold."""
@@ -49,7 +50,9 @@ class GridSum:
         if not len(block):
             return
         if not np.all(np.isfinite(weights)) or weights.min() < 0:
-            raise UpdateError(f"the weights of a block must be finite and not negative, but they are {weights[:8].tolist()}")
+            raise UpdateError(
+                f"the weights of a block must be finite and not negative, but they are {weights[:8].tolist()}"
+            )
         scale = weights / self._grid
         counted = np.rint(scale).astype(np.int64)
         self._weight += int(counted.sum())
@@ -67,8 +70,9 @@ class GridSum:
         self._reach += max(reach, float(counted.sum()))
         if self._reach >= 2.0**62:
             raise UpdateError(
-                f"the weighted updates of this cohort are too large to sum exactly (up to {self._reach * self._grid:.3g}; the limit is "
-                f"{2.0**62 * self._grid:.3g}); clip them (transform 'clip'), or lower local.lr"
+                f"the weighted updates of this cohort are too large to sum exactly: they reach "
+                f"{self._reach * self._grid:.3g}, and the limit is {2.0**62 * self._grid:.3g}; "
+                f"clip them (transform 'clip'), or lower local.lr"
             )
 
     def total(self) -> Updates:
@@ -79,7 +83,9 @@ class GridSum:
         rows = {}
         for table, (ids, sums, weights) in self._rows.items():
             mean = (sums / np.maximum(weights, 1)[:, None]).astype(np.float32)
-            rows[table] = Rows(np.array([0, len(ids)], dtype=np.int64), ids, mean, weights * self._grid)
+            rows[table] = Rows(
+                np.array([0, len(ids)], dtype=np.int64), ids, mean, (weights * self._grid).astype(np.float64)
+            )
         return Updates(weights=np.array([self._weight * self._grid]), dense=dense, rows=rows)
 
     def _round(

@@ -1,12 +1,12 @@
-"""Checkpoint: a round's whole state on disk, written so that a kill leaves the old one or the new one, and never half of one.
+"""Checkpoint: a round's whole state on disk, written so that a kill leaves the old one or the new one, and never half
+of one.
 
-A checkpoint is a folder ``checkpoints/000040`` with one ``.npy`` file an array and a ``manifest.json`` that names each file's
-length and SHA-256. It is written beside its place, flushed to the disk, and renamed: the rename is the commit.
+A checkpoint is a folder ``checkpoints/000040`` with one ``.npy`` file an array and a ``manifest.json`` that names each
+file's length and SHA-256. It is written beside its place, flushed to the disk, and renamed: the rename is the commit.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -14,18 +14,20 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtower.core.errors import CheckpointError, StorageError
+from fedtower.core.errors import DISK_ERRORS, CheckpointError, StorageError
 
 FORMAT = 1
-Arrays = Mapping[str, NDArray[np.generic]]
+Arrays = Mapping[str, NDArray[Any]]
 
 
 def write_checkpoint(folder: Path, round: int, arrays: Arrays, keep: int) -> Path:
-    """The path of the checkpoint of ``round`` under ``folder``; older ones but the last ``keep`` are removed afterwards.
+    """The path of the checkpoint of ``round`` under ``folder``; older ones but the last ``keep`` are removed
+    afterwards.
 
     Raises:
         StorageError: the disk is full, read-only, or not ours to write.
@@ -63,7 +65,7 @@ def write_checkpoint(folder: Path, round: int, arrays: Arrays, keep: int) -> Pat
     return place
 
 
-def read_checkpoint(folder: Path, round: int) -> dict[str, NDArray[np.generic]]:
+def read_checkpoint(folder: Path, round: int) -> dict[str, NDArray[Any]]:
     """The arrays of the checkpoint of ``round``, each checked against the manifest before it is used.
 
     Raises:
@@ -92,7 +94,8 @@ def read_checkpoint(folder: Path, round: int) -> dict[str, NDArray[np.generic]]:
         size = path.stat().st_size if path.exists() else 0
         if size != entry["bytes"] or _digest(path) != entry["sha256"]:
             raise CheckpointError(
-                f"the checkpoint {place} is damaged: {path.name} ({name}) should hold {entry['bytes']} bytes with SHA-256 "
+                f"the checkpoint {place} is damaged: {path.name} ({name}) should hold {entry['bytes']} bytes with "
+                f"SHA-256 "
                 f"{entry['sha256'][:12]}..., and holds {size} that differ. {advice}"
             )
         arrays[name] = np.load(path, allow_pickle=False)
@@ -104,27 +107,24 @@ def list_checkpoints(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()) if folder.is_dir() else []
 
 
-def grouped(arrays: Arrays, group: str) -> dict[str, NDArray[np.generic]]:
+def grouped(arrays: Arrays, group: str) -> dict[str, NDArray[Any]]:
     """The arrays whose name starts with ``group/``, without it."""
     return {name.removeprefix(f"{group}/"): array for name, array in arrays.items() if name.startswith(f"{group}/")}
 
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what a disk can say (full, read-only, not permitted) into a StorageError that names ``path`` and the way out."""
+    """Turn what a disk can say (full, read-only, not permitted) into a StorageError that names ``path`` and the way
+    out.
+    """
     try:
         yield
     except OSError as error:
-        reasons = {
-            errno.ENOSPC: "the disk is full; free some space (checkpoint.keep = 1 keeps fewer checkpoints), then `fedtower resume` it",
-            errno.EDQUOT: "the disk quota is used up; free some space, then `fedtower resume` it",
-            errno.EROFS: "the file system is read-only; choose another place with --runs",
-            errno.EACCES: "you may not write there; choose another place with --runs, or change its permissions",
-            errno.EPERM: "you may not write there; choose another place with --runs, or change its permissions",
-            errno.ENOTDIR: "a part of that path is a file; choose another place with --runs",
-        }
-        if error.errno in reasons:
-            raise StorageError(f"cannot write to {path}: {reasons[error.errno]}. What was committed before is intact.") from error
+        if error.errno in DISK_ERRORS:
+            raise StorageError(
+                f"cannot write to {path}: {DISK_ERRORS[error.errno]}. What was committed before is intact; of a run "
+                f"that has a checkpoint, `fedtower resume` goes on from there."
+            ) from error
         raise
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shlex
 import shutil
 import sys
@@ -16,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from fedtower.core.discovery import Gate, split_names
-from fedtower.core.errors import FedtowerError, PluginError, StorageError, nearest
+from fedtower.core.errors import DISK_ERRORS, FedtowerError, PluginError, StorageError, nearest
 from fedtower.core.registry import Registry, discover
 
 EXIT_CODES = """
@@ -33,15 +32,6 @@ Exit codes:
   8    a client's update cannot be used
   130  interrupted
 """
-
-# What the operating system says when the disk, and not the program, is at fault.
-DISK_ERRORS = {
-    errno.ENOSPC: "the disk is full; free some space",
-    errno.EDQUOT: "your disk quota is used up; free some space",
-    errno.EROFS: "the file system is read-only; choose another folder",
-    errno.EACCES: "there is no permission to do that; choose another folder, or change its permissions",
-    errno.EPERM: "the system does not permit that; choose another folder, or change its permissions",
-}
 
 pass_registry = click.make_pass_decorator(Registry)
 """Gives a command the registry as its first argument."""

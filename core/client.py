@@ -15,7 +15,7 @@ from fedtower.core.plan import Plan
 from fedtower.core.rows import RowStore
 from fedtower.core.runtime import Runtime, Work
 from fedtower.core.store import ClientStore
-from fedtower.core.transform import Transform, on_client
+from fedtower.core.transform import States, Transform, on_client
 from fedtower.core.updates import Updates
 
 IntArray = NDArray[np.int64]
@@ -46,9 +46,7 @@ class ClientSide:
         """Make room in the store for what the transforms keep on each client."""
         for position, transform in enumerate(self.transforms):
             for name, shape in transform.state(plan).items():
-                self.store.declare(
-                    f"transforms.{position}.{name}", lambda clients, shape=shape: np.zeros((len(clients), *shape), dtype=np.float32)
-                )
+                self.store.declare(f"transforms.{position}.{name}", np.zeros(shape, dtype=np.float32))
 
     def visit(self, plan: Plan, clients: IntArray) -> Updates:
         """The updates of ``clients`` as they leave their devices; what stays on the devices is written to the store."""
@@ -61,8 +59,10 @@ class ClientSide:
             work = replace(work, rows=fetched)
         work = replace(work, states={name: self.store.read(name, clients) for name in self.device_state})
 
-        updates, states = self.hooks.wrap("client_train", lambda: self.runtime.train(plan, work), plan=plan, clients=clients)
-        kept = [
+        updates, states = self.hooks.wrap(
+            "client_train", lambda: self.runtime.train(plan, work), plan=plan, clients=clients
+        )
+        kept: Sequence[States] = [
             {name: self.store.read(f"transforms.{position}.{name}", clients) for name in transform.state(plan)}
             for position, transform in enumerate(self.transforms)
         ]

@@ -31,7 +31,8 @@ class Cohort:
             self.clients[0] >= 0 and self.clients[-1] < self.population and np.all(np.diff(self.clients) > 0)
         ):
             raise FedtowerError(
-                f"the cohort of round {self.round} must be sorted, distinct clients from 0 to {self.population - 1}, but it holds "
+                f"the cohort of round {self.round} must be sorted, distinct clients from 0 to {self.population - 1}, "
+                f"but it holds "
                 f"{self.clients[:5].tolist()}...; what chose it (a sampler, or a plugin's select_clients) is at fault"
             )
 

@@ -1,10 +1,10 @@
 """Counter-based randomness: every draw is a hash of (seed, purpose, key), so nothing is consumed and nothing is kept.
 
-A draw depends on what it is for, never on how many draws came before it: blocks of any width, in any order, on any number
-of threads, draw the same. The hash is the SplitMix64 finaliser (Steele et al., 2014, https://doi.org/10.1145/2660193.2660195,
-constants of Stafford's variant 13), absorbed once per key word, in wrapping 64-bit integers: the same expressions give the
-same bits on numpy arrays and on torch tensors. These draws are replayable by whoever holds the seed: they serve training and
-simulation, never the noise that protects someone.
+A draw depends on what it is for, never on how many draws came before it: blocks of any width, in any order, on any
+number of threads, draw the same. The hash is the SplitMix64 finaliser (Steele et al., 2014, https://doi.org/10.1145/2660193.2660195,
+constants of Stafford's variant 13), absorbed once per key word, in wrapping 64-bit integers: the same expressions give
+the same bits on numpy arrays and on torch tensors. These draws are replayable by whoever holds the seed: they serve
+training and simulation, never the noise that protects someone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
-Words = TypeVar("Words", bound=Any)
+Words = TypeVar("Words", NDArray[np.int64], Any)  # or a torch tensor, of which core knows nothing
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed word
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -26,7 +26,9 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def mix(words: Words) -> Words:
-    """SplitMix64's finaliser of each word of an int64 array (numpy or torch): every input bit flips half of the output bits."""
+    """SplitMix64's finaliser of each word of an int64 array (numpy or torch): every input bit flips half of the output
+    bits.
+    """
     # An int64 shift to the right copies the sign, so the mask takes the copied bits away again.
     words = (words ^ ((words >> 30) & 0x3FFFFFFFF)) * _MIX_1
     words = (words ^ ((words >> 27) & 0x1FFFFFFFFF)) * _MIX_2
@@ -35,15 +37,16 @@ def mix(words: Words) -> Words:
 
 def absorb(state: Words, word: Words) -> Words:
     """The hash ``state`` with one more key word in it; both broadcast."""
-    return mix((state ^ word) + _GOLDEN)
+    mixed: Words = mix((state ^ word) + _GOLDEN)
+    return mixed
 
 
 @dataclass(frozen=True)
 class Draws:
     """All the randomness of a run, from one seed.
 
-    ``purpose`` names what a draw is for; ``key`` says which one, by convention (round, client, position, ...). Arrays in the
-    key broadcast, and the result has their common shape.
+    ``purpose`` names what a draw is for; ``key`` says which one, by convention (round, client, position, ...). Arrays
+    in the key broadcast, and the result has their common shape.
 
     >>> draws = Draws(seed=1)
     >>> draws.integers(10, "coin", 0, np.arange(5))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class FedtowerError(Exception):
-    """Anything fedtower refuses on purpose. The command line prints its message as one paragraph, without a traceback."""
+    """Anything fedtower refuses on purpose. The command line prints its message as one paragraph, without a
+    traceback.
+    """
 
     exit_code = 1
 
@@ -68,7 +71,7 @@ class RowsNotSupported(UpdateError):
     def __init__(self, aggregator: str, tables: Iterable[str], try_instead: str) -> None:
         super().__init__(
             f"the aggregator {aggregator!r} folds dense parameters only, but the updates hold rows of "
-            f"{', '.join(tables)}; set aggregator.name = {try_instead!r}, or train no rows (rows.train = \"frozen\")"
+            f'{", ".join(tables)}; set aggregator.name = {try_instead!r}, or train no rows (rows.train = "frozen")'
         )
 
 
@@ -80,3 +83,14 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """
     close = get_close_matches(word, list(choices), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+# What the operating system says when the disk, and not the program, is at fault.
+DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full; free some space",
+    errno.EDQUOT: "your disk quota is used up; free some space",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.EACCES: "there is no permission to do that; choose another folder, or change its permissions",
+    errno.EPERM: "the system does not permit that; choose another folder, or change its permissions",
+    errno.ENOTDIR: "a part of that path is a file; choose another folder",
+}

@@ -121,7 +121,9 @@ class Observing:
 
     @hookspec
     def evaluated(self, round: int, subject: str, evaluation: Any) -> None:
-        """After this round ``subject`` (``model``, or a baseline's name) was judged: ``fedtower.recsys.evaluation.Evaluation``."""
+        """After this round ``subject`` (``model``, or a baseline's name) was judged:
+        ``fedtower.recsys.evaluation.Evaluation``.
+        """
 
     @hookspec
     def checkpoint_written(self, round: int, path: Path) -> None:

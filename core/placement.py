@@ -6,7 +6,9 @@ from enum import StrEnum
 
 
 class Placement(StrEnum):
-    """``cloud`` never reaches a device, ``shared`` reaches every device and comes back as deltas, ``device`` never leaves."""
+    """``cloud`` never reaches a device, ``shared`` reaches every device and comes back as deltas, ``device`` never
+    leaves.
+    """
 
     CLOUD = "cloud"
     SHARED = "shared"

@@ -13,16 +13,21 @@ from fedtower.core.errors import RecipeError
 
 FloatArray = NDArray[np.float32]
 
+
 @dataclass(frozen=True)
 class LocalSettings:
     """What a client does in one visit."""
 
     steps: int | None = field(default=None, metadata={"help": "training steps a visit; or give epochs"})
-    epochs: int | None = field(default=None, metadata={"help": "passes over the client's examples a visit; or give steps"})
+    epochs: int | None = field(
+        default=None, metadata={"help": "passes over the client's examples a visit; or give steps"}
+    )
     batch_size: int = field(default=32, metadata={"help": "examples a step"})
     optimizer: Literal["sgd"] = field(default="sgd", metadata={"help": "the device's optimiser"})
     lr: float = field(default=1.0, metadata={"help": "learning rate of the towers on the device"})
-    row_lr: float | None = field(default=None, metadata={"help": "learning rate of the fetched rows on the device; none: lr"})
+    row_lr: float | None = field(
+        default=None, metadata={"help": "learning rate of the fetched rows on the device; none: lr"}
+    )
     loss: Literal["sampled_softmax", "bce", "in_batch_softmax"] = field(
         default="sampled_softmax", metadata={"help": "the training loss; in_batch_softmax in standalone mode only"}
     )
@@ -37,8 +42,9 @@ class LocalSettings:
             if value is not None and value < 1:
                 raise RecipeError(f"local.{name} must be at least 1, not {value}")
         if self.negatives < 1 and self.loss != "in_batch_softmax":
-            raise RecipeError(f"local.negatives must be at least 1 for the loss {self.loss!r}: positives alone teach nothing")
-
+            raise RecipeError(
+                f"local.negatives must be at least 1 for the loss {self.loss!r}: positives alone teach nothing"
+            )
 
     @property
     def rows_lr(self) -> float:
@@ -54,9 +60,12 @@ class RowSettings:
         default="device_updates", metadata={"help": "what trains the cloud's tables and towers; frozen: nothing does"}
     )
     average: Literal["cohort", "touched"] = field(
-        default="cohort", metadata={"help": "divide a row's summed deltas by the whole cohort's weight, or by that of its touchers"}
+        default="cohort",
+        metadata={"help": "divide a row's summed deltas by the whole cohort's weight, or by that of its touchers"},
     )
-    optimizer: Literal["rowwise_adagrad", "sgd"] = field(default="rowwise_adagrad", metadata={"help": "the tables' optimiser"})
+    optimizer: Literal["rowwise_adagrad", "sgd"] = field(
+        default="rowwise_adagrad", metadata={"help": "the tables' optimiser"}
+    )
     lr: float = field(default=0.1, metadata={"help": "the tables' learning rate"})
     eps: float = field(default=1e-8, metadata={"help": "rowwise Adagrad's epsilon"})
     tower_lr: float = field(default=0.005, metadata={"help": "learning rate (Adam) of the cloud's towers"})
@@ -70,7 +79,9 @@ class StandaloneSettings:
     users_per_batch: int = field(default=64, metadata={"help": "users a step, each with local.batch_size targets"})
     lr: float = field(default=0.002, metadata={"help": "learning rate (Adam) of the towers"})
     row_lr: float = field(default=0.1, metadata={"help": "learning rate of the tables (optimiser: rows.optimizer)"})
-    decay: Literal["none", "linear"] = field(default="linear", metadata={"help": "how the learning rates fall over the epochs"})
+    decay: Literal["none", "linear"] = field(
+        default="linear", metadata={"help": "how the learning rates fall over the epochs"}
+    )
     decay_to: float = field(default=0.1, metadata={"help": "the share of the learning rates that is left at the end"})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +62,9 @@ class Parts:
 
 
 def run_rounds(state: ServerState, parts: Parts) -> Iterator[tuple[ServerState, RoundReport]]:
-    """Round after round, each with the state it leaves, until all are done or a plugin's ``stop_run`` gives a reason."""
+    """Round after round, each with the state it leaves, until all are done or a plugin's ``stop_run`` gives a
+    reason.
+    """
     while state.round < parts.rounds:
         state, report = run_round(state, parts)
         yield state, report
@@ -133,12 +136,14 @@ def accepted(blocks: Iterable[Updates], plan: Plan, parts: Parts) -> Iterator[Up
                 parts.hooks.observe("update_received", round=plan.round, updates=update)
                 yield update
             else:
-                parts.hooks.observe("client_dropped", round=plan.round, clients=update.clients, reason=f"refused: {reason}")
+                parts.hooks.observe(
+                    "client_dropped", round=plan.round, clients=update.clients, reason=f"refused: {reason}"
+                )
 
 
 def fold(
     aggregator: Aggregator, blocks: Iterator[Updates], state: ServerState
-) -> tuple[Updates | None, Mapping[str, NDArray[np.generic]]]:
+) -> tuple[Updates | None, Mapping[str, NDArray[Any]]]:
     """The total of ``blocks`` and the aggregator's memory; no total if not one client brings weight."""
     for first in blocks:
         if first.weights.sum() > 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,11 +45,11 @@ class RowStore(Protocol):
         """Step the tables (and towers) towards ``deltas[source] = (ids (n,), row deltas (n, D))``, ids distinct."""
         ...
 
-    def snapshot(self) -> Mapping[str, NDArray[np.generic]]:
+    def snapshot(self) -> Mapping[str, NDArray[Any]]:
         """Everything that a later :meth:`restore` needs to continue bit for bit."""
         ...
 
-    def restore(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Continue from a snapshot."""
         ...
 
@@ -60,7 +60,6 @@ def localise(ids: IntArray) -> tuple[RowIds, IntArray]:
     Shape:
         ``ids`` (C, n) -> :class:`RowIds`, (C, n) positions within the client's own rows.
     """
-    count, width = ids.shape
     order = np.argsort(ids, axis=1, kind="stable")
     ordered = np.take_along_axis(ids, order, axis=1)
     first = np.ones_like(ids, dtype=bool)
@@ -68,7 +67,7 @@ def localise(ids: IntArray) -> tuple[RowIds, IntArray]:
     local = np.empty_like(ids)
     np.put_along_axis(local, order, np.cumsum(first, axis=1) - 1, axis=1)
     offsets = np.concatenate([[0], np.cumsum(first.sum(axis=1))]).astype(np.int64)
-    return RowIds(offsets, ordered[first] if width else np.zeros(0, dtype=np.int64)), local
+    return RowIds(offsets, ordered[first]), local
 
 
 def sum_duplicates(ids: IntArray, values: FloatArray) -> tuple[IntArray, FloatArray]:
@@ -79,7 +78,11 @@ def sum_duplicates(ids: IntArray, values: FloatArray) -> tuple[IntArray, FloatAr
     """
     order = np.argsort(ids, kind="stable")
     ordered = ids[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(ids) else np.zeros(0, dtype=np.int64)
+    starts = (
+        np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+        if len(ids)
+        else np.zeros(0, dtype=np.int64)
+    )
     if not len(ids):
         return ids, values
     return ordered[starts], np.add.reduceat(values[order], starts, axis=0)

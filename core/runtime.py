@@ -13,7 +13,7 @@ from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.rows import RowIds
 from fedtower.core.updates import Rows, Updates
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
@@ -24,9 +24,9 @@ class Work:
 
     Shape:
         ``clients`` (C,); ``steps`` (C,): how many of the S steps are real; ``examples`` (C,): examples with weight;
-        ``inputs[name]`` (C, S, *shape), per-example weights among them; ``slots[name]`` (C, S, *slots): positions within the
-        client's own rows; ``row_ids[source]`` jagged: which rows those are; ``rows[source]`` (R, D): their values;
-        ``states[name]`` (C, *shape): parameters that live on the device.
+        ``inputs[name]`` (C, S, *shape), per-example weights among them; ``slots[name]`` (C, S, *slots): positions
+        within the client's own rows; ``row_ids[source]`` jagged: which rows those are; ``rows[source]`` (R, D): their
+        values; ``states[name]`` (C, *shape): parameters that live on the device.
     """
 
     clients: IntArray
@@ -59,7 +59,11 @@ class RuntimeFactory(Protocol):
 
 
 def as_updates(
-    plan: Plan, work: Work, parameters: Mapping[str, FloatArray], rows: Mapping[str, FloatArray], losses: NDArray[np.float64]
+    plan: Plan,
+    work: Work,
+    parameters: Mapping[str, FloatArray],
+    rows: Mapping[str, FloatArray],
+    losses: NDArray[np.float64],
 ) -> Updates:
     """The updates of a block from what its parameters and rows have become: new minus old, weighed by examples.
 

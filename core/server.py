@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from fedtower.core.rows import RowStore
 from fedtower.core.updates import Rows, Updates
 
 Parameters = Mapping[str, NDArray[np.float32]]
-State = Mapping[str, NDArray[np.generic]]
+State = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class ServerOptimizer(Protocol):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The share of the learning rates in force at a round: 1 throughout, or falling linearly to ``to`` in the last round."""
+    """The share of the learning rates in force at a round: 1 throughout, or falling linearly to ``to`` in the last
+    round.
+    """
 
     decay: Literal["none", "linear"]
     to: float
@@ -75,17 +77,24 @@ def step(
     for name, parameter in state.parameters.items():
         if name not in delta or delta[name].shape != parameter.shape:
             got = delta[name].shape if name in delta else "nothing"
-            raise ShapeMismatch(f"the total of round {state.round + 1} must hold {name!r} with shape {parameter.shape}, not {got}")
+            raise ShapeMismatch(
+                f"the total of round {state.round + 1} must hold {name!r} with shape {parameter.shape}, not {got}"
+            )
     parameters, memory = optimizer.update(state.parameters, delta, state.optimizer, lr * lr_scale)
     if store is not None and total.rows and rows.train == "device_updates":
         weight = float(total.weights[0])
-        store.apply({table: (part.row_ids, averaged(part, rows.average, weight)) for table, part in total.rows.items()}, lr_scale)
+        store.apply(
+            {table: (part.row_ids, averaged(part, rows.average, weight)) for table, part in total.rows.items()},
+            lr_scale,
+        )
     generation = 0 if store is None else store.generation
     return ServerState(state.round + 1, parameters, memory, state.aggregator, generation)
 
 
 def averaged(rows: Rows, average: Literal["cohort", "touched"], weight: float) -> NDArray[np.float32]:
-    """The row deltas of a total, over the clients that touched each row or over the whole cohort of weight ``weight``."""
+    """The row deltas of a total, over the clients that touched each row or over the whole cohort of weight
+    ``weight``.
+    """
     if average == "touched" or rows.row_weights is None:
         return rows.row_deltas
     return (rows.row_deltas * (rows.row_weights / weight)[:, None]).astype(np.float32)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,19 +12,18 @@ from fedtower.core.errors import CheckpointError
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
-Initial = Callable[[IntArray], FloatArray]
 
 
 class ClientStore:
     """Arrays by name, one entry a client; a client that was never written has the initial value, which is not stored.
 
-    In a simulation this stands for the disks of all devices. Memory grows with the clients that were written, not with the
-    population (but for four bytes a client and name).
+    In a simulation this stands for the disks of all devices. Memory grows with the clients that were written, not with
+    the population (but for four bytes a client and name).
     """
 
     def __init__(self, population: int) -> None:
         self._population = population
-        self._initial: dict[str, Initial] = {}
+        self._initial: dict[str, FloatArray] = {}
         self._place: dict[str, NDArray[np.int32]] = {}
         self._clients: dict[str, IntArray] = {}
         self._values: dict[str, FloatArray] = {}
@@ -33,17 +33,17 @@ class ClientStore:
         """The declared names."""
         return tuple(self._initial)
 
-    def declare(self, name: str, initial: Initial) -> None:
-        """Keep an array called ``name`` for every client; ``initial(clients (C,)) -> (C, *shape)`` is its first value."""
+    def declare(self, name: str, initial: FloatArray) -> None:
+        """Keep an array called ``name`` for every client; ``initial`` (*shape) is everybody's first value."""
         self._initial[name] = initial
         self._place[name] = np.full(self._population, -1, dtype=np.int32)
         self._clients[name] = np.zeros(0, dtype=np.int64)
-        self._values[name] = initial(np.zeros(0, dtype=np.int64))
+        self._values[name] = np.zeros((0, *initial.shape), dtype=np.float32)
 
     def read(self, name: str, clients: IntArray) -> FloatArray:
         """The values of ``clients``, (C, *shape); a copy."""
         place = self._place[name][clients]
-        values = np.array(self._initial[name](clients), dtype=np.float32)
+        values = np.repeat(self._initial[name][None], len(clients), axis=0)
         written = place >= 0
         values[written] = self._values[name][place[written]]
         return values
@@ -62,21 +62,22 @@ class ClientStore:
                 self._values[name] = grown
         self._values[name][place[clients]] = values
 
-    def snapshot(self) -> Mapping[str, NDArray[np.generic]]:
+    def snapshot(self) -> Mapping[str, NDArray[Any]]:
         """Clients and values of everything written, sorted by client."""
-        arrays: dict[str, NDArray[np.generic]] = {}
+        arrays: dict[str, NDArray[Any]] = {}
         for name in self.names:
             order = np.argsort(self._clients[name])
             arrays[f"{name}.clients"] = self._clients[name][order]
             arrays[f"{name}.values"] = self._values[name][: len(order)][order]
         return arrays
 
-    def restore(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Hold exactly what a snapshot held."""
         for name in self.names:
             if f"{name}.clients" not in arrays:
                 raise CheckpointError(
-                    f"the checkpoint holds no client state {name!r}: it was written by a run with another model or other transforms; "
+                    f"the checkpoint holds no client state {name!r}: it was written by a run with another model or "
+                    f"other transforms; "
                     f"resume with the recipe it was written with"
                 )
             self.declare(name, self._initial[name])

@@ -20,11 +20,15 @@ class Transform(Protocol):
     """Changes updates. Client sides run first to last; decoding and finishing run last to first."""
 
     def state(self, plan: Plan) -> Mapping[str, tuple[int, ...]]:
-        """Names and shapes of what each client must keep for this transform between visits, zero at first; usually nothing."""
+        """Names and shapes of what each client must keep for this transform between visits, zero at first; usually
+        nothing.
+        """
         ...
 
     def on_client(self, updates: Updates, state: States, draws: Draws) -> tuple[Updates, States]:
-        """The updates of C clients as they leave their devices, and what the devices keep, ``state[name]`` (C, *shape)."""
+        """The updates of C clients as they leave their devices, and what the devices keep, ``state[name]`` (C,
+        *shape).
+        """
         ...
 
     def decode(self, block: Updates) -> Updates:

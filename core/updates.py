@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,8 @@ class Rows:
     """Rows of one table for C clients, jagged: client ``c`` owns the entries ``offsets[c]:offsets[c + 1]``.
 
     Shape:
-        ``offsets`` (C+1,), ``row_ids`` (R,), ``row_deltas`` (R, D); in a total also ``row_weights`` (R,): the weight of the
-        clients that touched each row.
+        ``offsets`` (C+1,), ``row_ids`` (R,), ``row_deltas`` (R, D); in a total also ``row_weights`` (R,): the weight
+        of the clients that touched each row.
     """
 
     offsets: IntArray
@@ -32,7 +33,8 @@ class Rows:
     def __post_init__(self) -> None:
         if len(self.row_ids) != len(self.row_deltas) or self.offsets[-1] != len(self.row_ids):
             raise ShapeMismatch(
-                f"jagged rows need one delta an id and offsets that end at their number, but there are {len(self.row_ids)} ids, "
+                f"jagged rows need one delta an id and offsets that end at their number, but there are "
+                f"{len(self.row_ids)} ids, "
                 f"{len(self.row_deltas)} deltas, and the offsets end at {self.offsets[-1]}"
             )
 
@@ -50,7 +52,9 @@ class Rows:
         """The rows of clients ``start`` to ``stop``."""
         first, last = self.offsets[start], self.offsets[stop]
         weights = None if self.row_weights is None else self.row_weights[first:last]
-        return Rows(self.offsets[start : stop + 1] - first, self.row_ids[first:last], self.row_deltas[first:last], weights)
+        return Rows(
+            self.offsets[start : stop + 1] - first, self.row_ids[first:last], self.row_deltas[first:last], weights
+        )
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ class Updates:
     """What C clients send back (or, with C = 1 and no client, a total).
 
     Shape:
-        ``weights`` (C,); ``dense[name]`` (C, *shape); ``rows[table]`` jagged, see :class:`Rows`; ``clients`` and ``rounds``
-        (C,), both absent in a total; ``metrics[name]`` (C,).
+        ``weights`` (C,); ``dense[name]`` (C, *shape); ``rows[table]`` jagged, see :class:`Rows`; ``clients`` and
+        ``rounds`` (C,), both absent in a total; ``metrics[name]`` (C,).
 
     Raises:
         ShapeMismatch: a leading axis that is not C.
@@ -74,15 +78,21 @@ class Updates:
 
     def __post_init__(self) -> None:
         count = len(self.weights)
-        arrays = {**self.dense, **{f"metrics.{name}": values for name, values in self.metrics.items()}}
+        arrays: dict[str, NDArray[Any]] = {
+            **self.dense,
+            **{f"metrics.{name}": values for name, values in self.metrics.items()},
+        }
         arrays |= {name: ids for name, ids in (("clients", self.clients), ("rounds", self.rounds)) if ids is not None}
         for name, array in arrays.items():
             if array.ndim < 1 or len(array) != count:
-                raise ShapeMismatch(f"a block of {count} clients needs {name!r} with {count} entries, but its shape is {array.shape}")
+                raise ShapeMismatch(
+                    f"a block of {count} clients needs {name!r} with {count} entries, but its shape is {array.shape}"
+                )
         for table, rows in self.rows.items():
             if len(rows.offsets) != count + 1:
                 raise ShapeMismatch(
-                    f"a block of {count} clients needs {count + 1} offsets for table {table!r}, but it has {len(rows.offsets)}"
+                    f"a block of {count} clients needs {count + 1} offsets for table {table!r}, but it has "
+                    f"{len(rows.offsets)}"
                 )
 
     def __len__(self) -> int:
@@ -91,7 +101,11 @@ class Updates:
     @property
     def nbytes(self) -> int:
         """Bytes of this block as it would be sent: deltas, row ids, weights (metrics are not counted)."""
-        return sum(delta.nbytes for delta in self.dense.values()) + sum(rows.nbytes for rows in self.rows.values()) + 8 * len(self)
+        return (
+            sum(delta.nbytes for delta in self.dense.values())
+            + sum(rows.nbytes for rows in self.rows.values())
+            + 8 * len(self)
+        )
 
     def slice(self, start: int, stop: int) -> Updates:
         """The clients ``start`` to ``stop`` of this block."""
@@ -118,7 +132,8 @@ def stack(blocks: Iterable[Updates]) -> Updates:
     for block in held[1:]:
         if set(block.dense) != set(first.dense) or set(block.rows) != set(first.rows):
             raise UpdateError(
-                f"one cohort's updates must hold the same parameters, but one block holds {sorted(first.dense)} and rows of "
+                f"one cohort's updates must hold the same parameters, but one block holds {sorted(first.dense)} and "
+                f"rows of "
                 f"{sorted(first.rows)}, and another {sorted(block.dense)} and rows of {sorted(block.rows)}"
             )
     return Updates(

@@ -5,17 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedtower.core.recipe import load_recipe
-    from fedtower.recsys.run import Run, evaluate, recommend, resume, run
+    from fedtower.recsys.run import Run, load, resume, run
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__", "evaluate", "load_recipe", "recommend", "resume", "run"]
+__all__ = ["Run", "__version__", "load", "load_recipe", "resume", "run"]
 
 # Imported on first use: `import fedtower` must stay as light as its command line, and these bring torch.
 _HOMES = {
     "Run": "fedtower.recsys.run",
-    "evaluate": "fedtower.recsys.run",
+    "load": "fedtower.recsys.run",
     "load_recipe": "fedtower.core.recipe",
-    "recommend": "fedtower.recsys.run",
     "resume": "fedtower.recsys.run",
     "run": "fedtower.recsys.run",
 }

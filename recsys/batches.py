@@ -1,8 +1,8 @@
 """A client's data as fixed-shape batches: stretches of its history, targets in them, and negatives beside them.
 
-A *stretch* is ``span`` consecutive targets and the ``history_length`` events before them, so the rows of one step are one
-slot an event, shared by all its targets; each target then looks back ``history_length`` events from where it stands. A step's
-targets are drawn from one stretch, and an epoch takes every target once.
+A *stretch* is ``span`` consecutive targets and the ``history_length`` events before them, so the rows of one step are
+one slot an event, shared by all its targets; each target then looks back ``history_length`` events from where it
+stands. A step's targets are drawn from one stretch, and an epoch takes every target once.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def span_of(local: LocalSettings) -> int:
 class SequenceData:
     """The clients of a population as next-item batches: what a sequence model trains on.
 
-    ``work()`` gives the inputs ``target`` (C, S, B), the slot at which a target stands, ``weight`` (C, S, B), 0 for padding,
-    and ``user`` (C, S, F); the slots ``history`` (C, S, T), oldest first, and ``negatives`` (C, S, N), both of rows of
-    ``item``.
+    ``work()`` gives the inputs ``target`` (C, S, B), the slot at which a target stands, ``weight`` (C, S, B), 0 for
+    padding, and ``user`` (C, S, F); the slots ``history`` (C, S, T), oldest first, and ``negatives`` (C, S, N), both
+    of rows of ``item``.
     """
 
     population: Population
@@ -50,7 +50,9 @@ class SequenceData:
         seen = training_events(events, role)
         target, start = self._targets(seen, plan)
         history = _stretches(seen, start, span_of(local) + local.history_length)
-        negatives = uniform_negatives(events, self.population.num_items, target.shape[1], local.negatives, self.draws, plan.round)
+        negatives = uniform_negatives(
+            events, self.population.num_items, target.shape[1], local.negatives, self.draws, plan.round
+        )
         needed, where = localise(np.concatenate([history, negatives], axis=2).reshape(len(clients), -1))
         refuse_held_out(events, role, needed)
 
@@ -71,7 +73,9 @@ class SequenceData:
         )
 
     def _targets(self, seen: Events, plan: Plan) -> tuple[IntArray, IntArray]:
-        """Which events are the targets of each step, (C, S, B), -1 for padding, and where its stretch starts, (C, S)."""
+        """Which events are the targets of each step, (C, S, B), -1 for padding, and where its stretch starts, (C,
+        S).
+        """
         local = plan.local
         lots = [self._epoch(seen, plan, epoch) for epoch in range(local.epochs or 1)]
         turns = sum(lot.num_batches for lot in lots)
@@ -88,7 +92,9 @@ class SequenceData:
         return target, start
 
     def _epoch(self, seen: Events, plan: Plan, epoch: int) -> _Lot:
-        """Every target once, in batches: stretches of equal length, shuffled within, cut into batches, in random turn."""
+        """Every target once, in batches: stretches of equal length, shuffled within, cut into batches, in random
+        turn.
+        """
         size, count = plan.local.batch_size, np.maximum(seen.lengths - 1, 0)
         which = np.flatnonzero(seen.positions >= 1)
         owner, position = seen.owners[which], seen.positions[which]
@@ -114,7 +120,9 @@ class SequenceData:
 
 @dataclass(frozen=True)
 class _Lot:
-    """An epoch's targets: owner, event position, first target of the stretch, turn of the batch, place in it, all (E,)."""
+    """An epoch's targets: owner, event position, first target of the stretch, turn of the batch, place in it, all
+    (E,).
+    """
 
     owner: IntArray
     position: IntArray
@@ -144,7 +152,8 @@ def refuse_held_out(events: Events, role: NDArray[np.int8], needed: RowIds) -> N
     if len(leaked):
         owner, item = divmod(int(leaked[0]), width)
         raise LeakError(
-            f"item row {item} is held out for client {events.clients[owner]}, and yet its training batch holds it, as a history item, a "
+            f"item row {item} is held out for client {events.clients[owner]}, and yet its training batch holds it, as "
+            f"a history item, a "
             f"target or a negative; every figure of this run would be worthless, so it stops here"
         )
 
@@ -152,14 +161,14 @@ def refuse_held_out(events: Events, role: NDArray[np.int8], needed: RowIds) -> N
 def _stretches(seen: Events, start: IntArray, window: int) -> IntArray:
     """The items of ``window`` events from ``start`` (C, S) on, (C, S, window).
 
-    A slot beyond the last event repeats the last one: no target stands after it, so nothing looks at it, and it is fetched
-    anyway.
+    A slot beyond the last event repeats the last one: no target stands after it, so nothing looks at it, and it is
+    fetched anyway.
     """
     if not len(seen.items):
         return np.zeros((*start.shape, window), dtype=np.int64)
     last = np.maximum(seen.lengths - 1, 0)[:, None, None]
     at = np.minimum(start[..., None] + np.arange(window), last) + seen.offsets[:-1, None, None]
-    return seen.items[np.minimum(at, len(seen.items) - 1)]
+    return np.asarray(seen.items[np.minimum(at, len(seen.items) - 1)])
 
 
 def _rank_in_runs(*keys: IntArray) -> IntArray:

@@ -33,8 +33,8 @@ def bce(positive: Tensor, negative: Tensor) -> Tensor:
 
     .. math:: \log(1 + e^{-s^+_b}) + \frac{1}{N} \sum_n \log(1 + e^{s^-_{b,n}})
 
-    He et al., 2017, https://arxiv.org/abs/1708.05031, equation 7, with the negatives' sum as a mean, so that its weight does
-    not depend on how many are drawn.
+    He et al., 2017, https://arxiv.org/abs/1708.05031, equation 7, with the negatives' sum as a mean, so that its
+    weight does not depend on how many are drawn.
 
     Shape:
         positive ``(B,)``, negative ``(B, N)`` -> ``(B,)``

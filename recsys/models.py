@@ -1,4 +1,6 @@
-"""What a model declares: tables and towers with a Placement; everything that trains or serves it is written elsewhere, once."""
+"""What a model declares: tables and towers with a Placement; everything that trains or serves it is written elsewhere,
+once.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Schema:
 
 @dataclass(frozen=True)
 class Table:
-    """An embedding table in the cloud, drawn from a normal distribution with deviation ``scale``; ``dim`` is a multiple of 4."""
+    """An embedding table in the cloud, drawn from a normal distribution with deviation ``scale``; ``dim`` is a
+    multiple of 4.
+    """
 
     name: str
     num_rows: int
@@ -36,13 +40,16 @@ class Table:
     def __post_init__(self) -> None:
         if self.dim % 4 or self.dim < 4:
             raise FedtowerError(
-                f"the table {self.name!r} has dimension {self.dim}, but the tables' kernels need a multiple of 4; round it up and let the "
+                f"the table {self.name!r} has dimension {self.dim}, but the tables' kernels need a multiple of 4; "
+                f"round it up and let the "
                 f"tower use what it needs"
             )
 
 
 class CloudTower(nn.Module):
-    """Computes the rows that devices see from the rows of tables: ``forward(rows (n, sum of dims), features (n, F)) -> (n, W)``."""
+    """Computes the rows that devices see from the rows of tables: ``forward(rows (n, sum of dims), features (n, F)) ->
+    (n, W)``.
+    """
 
     width: int
 

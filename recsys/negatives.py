@@ -41,7 +41,8 @@ def uniform_negatives(events: Events, num_items: int, steps: int, count: int, dr
         refused = _contains(touched, c * num_items + again)
         c, s, n = c[refused], s[refused], n[refused]
     raise DataError(
-        f"client {events.clients[c[0]]} has touched nearly all of the {num_items} items, so that {_ATTEMPTS} draws found none that it "
+        f"client {events.clients[c[0]]} has touched nearly all of the {num_items} items, so that {_ATTEMPTS} draws "
+        f"found none that it "
         f"did not; leave such clients out, or use a larger catalogue"
     )
 

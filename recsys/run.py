@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from fedtower.core.checkpoint import read_checkpoint, write_checkpoint
 from fedtower.core.draws import Draws
-from fedtower.core.errors import CheckpointError, RecipeError
+from fedtower.core.errors import RecipeError
 from fedtower.core.hooks import Hooks
-from fedtower.core.recipe import Recipe, check, load_recipe
+from fedtower.core.recipe import Part, Recipe, check, load_recipe
 from fedtower.core.registry import Registry, discover
-from fedtower.recsys.evaluation import Evaluation, ItemPop, Scorer, evaluate
-from fedtower.recsys.history import TEST, Population, make_split
+from fedtower.recsys.evaluation import Evaluation, ItemPop, Role, Scorer, evaluate
+from fedtower.recsys.history import Dataset, make_split
 from fedtower.recsys.run_folder import RunFolder
 from fedtower.recsys.runlog import RunLog
 from fedtower.recsys.standalone import Standalone
 from fedtower.recsys.training import Federated, Setting, Training
+
+Protocol = Literal["sampled", "full"]
 
 RUNS = Path("runs")
 
@@ -108,7 +111,9 @@ def resume(
     observers: Iterable[object] = (),
     progress: Callable[[str], None] = lambda message: None,
 ) -> Run:
-    """Continue a run from its newest checkpoint (or the one of round ``start``): the same bits as if it had never stopped."""
+    """Continue a run from its newest checkpoint (or the one of round ``start``): the same bits as if it had never
+    stopped.
+    """
     place = RunFolder.open(Path(folder))
     registry = registry or discover(folder=Path.cwd())
     recipe = place.recipe()
@@ -121,7 +126,9 @@ def resume(
     return Run(place.path)
 
 
-def load(folder: str | Path, *, registry: Registry | None = None, progress: Callable[[str], None] = lambda message: None) -> Trained:
+def load(
+    folder: str | Path, *, registry: Registry | None = None, progress: Callable[[str], None] = lambda message: None
+) -> Trained:
     """The model of a run's newest checkpoint, with the data it was trained on."""
     place = RunFolder.open(Path(folder))
     registry = registry or discover(folder=Path.cwd())
@@ -140,12 +147,14 @@ class Trained:
     setting: Setting
     training: Training
 
-    def evaluate(self, protocol: str | None = None) -> Evaluation:
+    def evaluate(self, protocol: Protocol | None = None) -> Evaluation:
         """Rank the test items, by the recipe's protocol or by the one given (``sampled`` or ``full``)."""
         return _evaluate(self.setting, self.training.scorer("test"), "test", protocol)
 
     def recommend(self, user: str, k: int = 10) -> list[Recommendation]:
-        """The top ``k`` items for a user (a raw id), without those she has touched; fewer when there are not so many."""
+        """The top ``k`` items for a user (a raw id), without those she has touched; fewer when there are not so
+        many.
+        """
         population = self.setting.population
         client = np.array([population.client_index(user)])
         events = population.events(client)
@@ -163,68 +172,95 @@ def refuse_what_cannot_run(recipe: Recipe) -> None:
     """Raise RecipeError for settings that do not go together, before anything is loaded."""
     if recipe.mode == "simulated" and recipe.local.loss == "in_batch_softmax":
         raise RecipeError(
-            "local.loss = 'in_batch_softmax' cannot be trained on clients that are single users: the other items of a user's "
-            "batch are items that the same user chose, so its in-batch negatives would be its own positives. Use local.loss = "
+            "local.loss = 'in_batch_softmax' cannot be trained on clients that are single users: the other items of a "
+            "user's "
+            "batch are items that the same user chose, so its in-batch negatives would be its own positives. Use "
+            "local.loss = "
             "'sampled_softmax' (or 'bce'), or mode = 'standalone', where a batch holds many users"
         )
 
 
 def _train(
-    recipe: Recipe, registry: Registry, hooks: Hooks, folder: RunFolder, progress: Callable[[str], None], start: int | None
+    recipe: Recipe,
+    registry: Registry,
+    hooks: Hooks,
+    folder: RunFolder,
+    progress: Callable[[str], None],
+    start: int | None,
 ) -> None:
+    """Load, build, train to the end, judge; on the way, evaluate and save as often as the recipe says."""
     setting = _setting(recipe, registry, hooks, progress)
     if start is None:
         hooks.observe("data_loaded", card=setting.population.card.to_dict())
     training = _training(setting)
-    last = 0
+    last = saved = 0
     if start is not None:
         training.restore(read_checkpoint(folder.checkpoints, start))
         hooks.observe("run_resumed", round=start)
-        last = start
-
-    every, learning = recipe.checkpoint.every, recipe.evaluation.every
-    saved = last
-    for report in training.rounds():
-        last = report.round
-        if learning and last % learning == 0 and setting.split.validation:
-            hooks.observe("evaluated", round=last, subject="model", evaluation=_evaluate(setting, training.scorer("validation"), "validation"))
-        if last % every == 0:
+        last = saved = start
+    try:
+        for report in training.rounds():
+            last = report.round
+            if _is_due(last, recipe.evaluation.every) and setting.split.validation:
+                evaluation = _evaluate(setting, training.scorer("validation"), "validation")
+                hooks.observe("evaluated", round=last, subject="model", evaluation=evaluation)
+            if _is_due(last, recipe.checkpoint.every):
+                saved = _save(training, folder, last, recipe, hooks)
+        if saved != last:
             _save(training, folder, last, recipe, hooks)
-            saved = last
-    if saved != last:
-        _save(training, folder, last, recipe, hooks)
-    _judge(setting, training, last)
+        _judge(setting, training, last)
+    except KeyboardInterrupt as stop:
+        stop.add_note(
+            f"`fedtower resume {folder.path}` goes on from round {saved}"
+            if saved
+            else f"{folder.path} has no checkpoint yet: start again"
+        )
+        raise
     summary = RunLog(folder.path).record().summary()
     folder.write("summary.json", summary)
     hooks.observe("run_finished", summary=summary)
 
 
+def _is_due(round: int, every: int) -> bool:
+    return every > 0 and round % every == 0
+
+
 def _judge(setting: Setting, training: Training, last: int) -> None:
-    """The final figures on the test items, by the recipe's protocol and over the whole catalogue, beside item popularity."""
+    """The final figures on the test items, by the recipe's protocol and over the whole catalogue, beside item
+    popularity.
+    """
     popularity = ItemPop.count(setting.population, setting.split)
     scorer = training.scorer("test")
-    for protocol in dict.fromkeys((setting.recipe.evaluation.protocol, "full")):
+    protocols: list[Protocol] = [setting.recipe.evaluation.protocol, "full"]
+    for protocol in dict.fromkeys(protocols):
         for subject, judged in (("ItemPop", popularity), ("model", scorer)):
             evaluation = _evaluate(setting, judged, "test", protocol)
             setting.hooks.observe("evaluated", round=last, subject=subject, evaluation=evaluation)
 
 
-def _evaluate(setting: Setting, scorer: Scorer, role: Any, protocol: str | None = None) -> Evaluation:
+def _evaluate(setting: Setting, scorer: Scorer, role: Role, protocol: Protocol | None = None) -> Evaluation:
     settings = setting.recipe.evaluation
-    settings = settings if protocol is None else replace(settings, protocol=protocol)  # type: ignore[arg-type]
+    if protocol is not None:
+        settings = replace(settings, protocol=protocol)
     return evaluate(scorer, setting.population, setting.split, role, settings, setting.draws)
 
 
-def _save(training: Training, folder: RunFolder, round: int, recipe: Recipe, hooks: Hooks) -> None:
+def _save(training: Training, folder: RunFolder, round: int, recipe: Recipe, hooks: Hooks) -> int:
     path = write_checkpoint(folder.checkpoints, round, training.snapshot(), recipe.checkpoint.keep)
     hooks.observe("checkpoint_written", round=round, path=path)
+    return round
 
 
 def _setting(recipe: Recipe, registry: Registry, hooks: Hooks, progress: Callable[[str], None]) -> Setting:
     draws = Draws(recipe.seed)
-    population: Population = registry.make("dataset", recipe.data.part, path="data").load(draws=draws, progress=progress)
+    dataset: Dataset = registry.make("dataset", recipe.data.part, path="data")
+    population = dataset.load(draws=draws, progress=progress)
     split = make_split(
-        recipe.data.split, population, validation=recipe.data.validation, test_fraction=recipe.data.test_fraction, draws=draws
+        recipe.data.split,
+        population,
+        validation=recipe.data.validation,
+        test_fraction=recipe.data.test_fraction,
+        draws=draws,
     )
     return Setting(recipe, registry, population, split, hooks, draws, time.monotonic)
 
@@ -237,19 +273,14 @@ def _hooks(recipe: Recipe, registry: Registry, observers: Iterable[object]) -> H
     """The hooks of the plugins, of the recipe's trackers, and of ``observers``; JSON lines are always written."""
     hooks = Hooks(registry.manager)
     hooks.report = lambda message: hooks.observe("warned", message=message)
-    trackers = [registry.load("tracker", "jsonl")()]
-    trackers += [registry.make("tracker", part, path=f"trackers.{i}") for i, part in enumerate(recipe.trackers) if part.name != "jsonl"]
+    parts = [Part("jsonl"), *(part for part in recipe.trackers if part.name != "jsonl")]
+    trackers = [registry.make("tracker", part, path="trackers") for part in parts]
     for position, observer in enumerate([*trackers, *observers]):
-        hooks.add(observer, f"{type(observer).__name__.lower()}-{position}")
+        hooks.add(observer, f"{type(observer).__name__} (observer {position} of this run)")
     return hooks
 
 
 def _as_overrides(overrides: Mapping[str, Any] | Iterable[str]) -> list[str]:
     if isinstance(overrides, Mapping):
-        import json
-
         return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
     return list(overrides)
-
-
-__all__ = ["RUNS", "TEST", "CheckpointError", "Recommendation", "Run", "Trained", "load", "load_recipe", "resume", "run"]

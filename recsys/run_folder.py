@@ -27,7 +27,9 @@ _LIBRARIES = ("fedtower", "numpy", "pandas", "torch", "torchrec", "fbgemm-gpu-cp
 
 @dataclass(frozen=True)
 class RunFolder:
-    """``runs/NAME-N``: recipe.toml, environment.json, log.jsonl, checkpoints/, and after the run summary.json, report.html."""
+    """``runs/NAME-N``: recipe.toml, environment.json, log.jsonl, checkpoints/, and after the run summary.json,
+    report.html.
+    """
 
     path: Path
 
@@ -49,14 +51,18 @@ class RunFolder:
                 except FileExistsError:  # another run was quicker
                     number += 1
             (path / "recipe.toml").write_text(tomli_w.dumps(recipe.to_dict()), encoding="utf-8")
-            (path / "environment.json").write_text(json.dumps(environment(recipe, registry), indent=1) + "\n", encoding="utf-8")
+            (path / "environment.json").write_text(
+                json.dumps(environment(recipe, registry), indent=1) + "\n", encoding="utf-8"
+            )
         return cls(path)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """An existing run. Raises CheckpointError when it is none."""
         if not (path / "recipe.toml").is_file():
-            there = sorted(found.parent.name for found in path.parent.glob("*/recipe.toml")) if path.parent.is_dir() else []
+            there = (
+                sorted(found.parent.name for found in path.parent.glob("*/recipe.toml")) if path.parent.is_dir() else []
+            )
             raise CheckpointError(
                 f"{path} is not a run folder: it holds no recipe.toml. "
                 + (f"Beside it there are {', '.join(there[-5:])}." if there else "`fedtower run NAME` makes one.")
@@ -81,7 +87,8 @@ class RunFolder:
         rounds = list_checkpoints(self.checkpoints)
         if not rounds:
             raise CheckpointError(
-                f"{self.path} has no checkpoint yet: the run ended before its first one. Start it again: fedtower run {self.path / 'recipe.toml'}"
+                f"{self.path} has no checkpoint yet: the run ended before its first one. Start it again: fedtower run "
+                f"{self.path / 'recipe.toml'}"
             )
         return rounds[-1]
 
@@ -99,7 +106,9 @@ class RunFolder:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise CheckpointError(f"{self.path} is being trained by another process; wait for it, or end it") from error
+                raise CheckpointError(
+                    f"{self.path} is being trained by another process; wait for it, or end it"
+                ) from error
             yield
 
 
@@ -118,7 +127,12 @@ def environment(recipe: Recipe, registry: Registry) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "seed": recipe.seed,
         "plugins": [
-            {"name": plugin.name, "distribution": plugin.distribution, "version": plugin.version, "status": plugin.status}
+            {
+                "name": plugin.name,
+                "distribution": plugin.distribution,
+                "version": plugin.version,
+                "status": plugin.status,
+            }
             for plugin in registry.plugins()
         ],
     }

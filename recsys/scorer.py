@@ -21,8 +21,8 @@ from fedtower.recsys.step import pure
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 
-# Cases are computed so many at a time, the last tile padded: each case goes through kernels of the same shapes, and its bits
-# do not depend on how many others are asked for.
+# Cases are computed so many at a time, the last tile padded: each case goes through kernels of the same shapes, and
+# its bits do not depend on how many others are asked for.
 _TILE = 64
 
 _BEFORE = {"validation": VALIDATION, "test": TEST, "now": TEST + 1}
@@ -32,8 +32,8 @@ _BEFORE = {"validation": VALIDATION, "test": TEST, "now": TEST + 1}
 class ModelScorer:
     """Scores by the parameters given: towers, the cloud's rows, and what the clients keep.
 
-    ``moment`` says what a history may hold: up to the validation item, up to the test item (the validation item is in the
-    past by then), or everything (``now``: recommending).
+    ``moment`` says what a history may hold: up to the validation item, up to the test item (the validation item is in
+    the past by then), or everything (``now``: recommending).
     """
 
     tower: SharedTower
@@ -73,12 +73,15 @@ class ModelScorer:
         """Scores (M, I) of the whole catalogue."""
         rate = pure(self.tower, "score")
         with torch.no_grad():
-            tiles = [rate(self._tensors(), vectors, self._catalogue)[:count].numpy() for vectors, count in self._vectors(clients, cut)]
+            tiles = [
+                rate(self._tensors(), vectors, self._catalogue)[:count].numpy()
+                for vectors, count in self._vectors(clients, cut)
+            ]
         return np.concatenate(tiles) if tiles else np.zeros((0, self.population.num_items), dtype=np.float32)
 
     def _vectors(self, clients: IntArray, cut: IntArray) -> Iterator[tuple[Tensor, int]]:
         """User vectors in tiles (_TILE, D), and how many of each are real."""
-        own_axis = {name: 0 for name in self.device_parameters} | {name: None for name in self.parameters}
+        own_axis = dict.fromkeys(self.device_parameters, 0) | dict.fromkeys(self.parameters)
         represent = vmap(pure(self.tower, "represent"), in_dims=(own_axis, 0, 0, 0))
         for start in range(0, len(clients), _TILE):
             count = min(_TILE, len(clients) - start)
@@ -86,9 +89,15 @@ class ModelScorer:
             items, length, user = self._history(clients[at], cut[at])
             own = {name: torch.from_numpy(self.store.read(name, clients[at])) for name in self.device_parameters}
             with torch.no_grad():
-                yield represent(
-                    {**self._tensors(), **own}, self._catalogue[torch.from_numpy(items)], torch.from_numpy(length)[:, None], user
-                )[:, 0], count
+                yield (
+                    represent(
+                        {**self._tensors(), **own},
+                        self._catalogue[torch.from_numpy(items)],
+                        torch.from_numpy(length)[:, None],
+                        user,
+                    )[:, 0],
+                    count,
+                )
 
     def _history(self, clients: IntArray, cut: IntArray) -> tuple[IntArray, IntArray, Tensor]:
         """Items (M, H), oldest first, how many of them are real (M,), and the user features (M, F)."""

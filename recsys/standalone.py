@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,11 +39,17 @@ class Standalone:
         recipe = setting.recipe
         settings = recipe.standalone
         if recipe.local.loss == "in_batch_softmax" and settings.users_per_batch < 2:
-            raise RecipeError("local.loss = 'in_batch_softmax' needs standalone.users_per_batch of at least 2: others' items are its negatives")
+            raise RecipeError(
+                "local.loss = 'in_batch_softmax' needs standalone.users_per_batch of at least 2: others' items are "
+                "its negatives"
+            )
         self._setting = setting
         self._settings = settings
         self._local = replace(
-            recipe.local, steps=1, epochs=None, negatives=1 if recipe.local.loss == "in_batch_softmax" else recipe.local.negatives
+            recipe.local,
+            steps=1,
+            epochs=None,
+            negatives=1 if recipe.local.loss == "in_batch_softmax" else recipe.local.negatives,
         )
         self._model = assemble(setting, row_lr=settings.row_lr, tower_lr=settings.lr)
         self._tower = self._model.declared.shared.to(recipe.device)
@@ -88,9 +95,13 @@ class Standalone:
         items, where = _common_rows(work)
         rows = self._model.tables.rows("item", items)
         slots = {name: rows[torch.from_numpy(places).to(device)] for name, places in where.items()}
-        inputs = {name: torch.from_numpy(np.ascontiguousarray(values[:, 0])).to(device) for name, values in work.inputs.items()}
+        inputs = {
+            name: torch.from_numpy(np.ascontiguousarray(values[:, 0])).to(device)
+            for name, values in work.inputs.items()
+        }
         own = {
-            name: torch.from_numpy(self._model.store.read(name, work.clients)).to(device).requires_grad_() for name in self._on_device
+            name: torch.from_numpy(self._model.store.read(name, work.clients)).to(device).requires_grad_()
+            for name in self._on_device
         }
         loss = self._loss(own, slots, inputs, torch.from_numpy(items[where["history"]]).to(device))
 
@@ -98,7 +109,7 @@ class Standalone:
         for group in self._adam.param_groups:
             group["lr"] = self._settings.lr * scale
         self._adam.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self._model.tables.finish()
         self._adam.step()
         for name, value in own.items():
@@ -108,9 +119,11 @@ class Standalone:
             self._model.store.write(name, work.clients, array(stepped))
         return float(loss.detach())
 
-    def _loss(self, own: dict[str, Tensor], slots: dict[str, Tensor], inputs: dict[str, Tensor], history: Tensor) -> Tensor:
+    def _loss(
+        self, own: dict[str, Tensor], slots: dict[str, Tensor], inputs: dict[str, Tensor], history: Tensor
+    ) -> Tensor:
         """The mean loss over all examples of the batch."""
-        axes = {name: None for name in self._shared} | {name: 0 for name in own}
+        axes = dict.fromkeys(self._shared) | dict.fromkeys(own, 0)
         parameters = {**self._shared, **own}
         weight, name = inputs["weight"], self._local.loss
         if name in LOSSES:
@@ -132,7 +145,7 @@ class Standalone:
 
     def snapshot(self) -> Arrays:
         """Towers, tables, optimisers, and what users keep."""
-        arrays: dict[str, NDArray[np.generic]] = {"round": np.asarray(self._epoch, dtype=np.int64)}
+        arrays: dict[str, NDArray[Any]] = {"round": np.asarray(self._epoch, dtype=np.int64)}
         arrays |= {f"parameters/{name}": array(value) for name, value in self._shared.items()}
         arrays |= {f"tables/{name}": value for name, value in self._model.tables.snapshot().items()}
         arrays |= {f"clients/{name}": value for name, value in self._model.store.snapshot().items()}

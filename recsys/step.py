@@ -19,7 +19,8 @@ Scores = Callable[[Tensors, Tensors, Tensors], tuple[Tensor, Tensor]]
 
 
 def make_step(tower: SharedTower, local: LocalSettings) -> Step:
-    """``step(parameters, slots, inputs, lr) -> (parameters', gradients of the slots, loss)``, stochastic gradient descent.
+    """``step(parameters, slots, inputs, lr) -> (parameters', gradients of the slots, loss)``, stochastic gradient
+    descent.
 
     Rows enter per slot and their gradients leave per slot; who holds the rows sums duplicates and steps them
     (:func:`fedtower.core.rows.step_rows`).
@@ -46,8 +47,10 @@ def make_loss(tower: SharedTower, name: str) -> Callable[[Tensors, Tensors, Tens
     """
     if name not in LOSSES:
         raise RecipeError(
-            f"local.loss = {name!r} cannot be trained on clients that are single users: the other items of a user's batch "
-            f"are items that the same user chose, so its in-batch negatives would be its own positives. Use local.loss = "
+            f"local.loss = {name!r} cannot be trained on clients that are single users: the other items of a user's "
+            f"batch "
+            f"are items that the same user chose, so its in-batch negatives would be its own positives. Use "
+            f"local.loss = "
             f"'sampled_softmax' (or 'bce'), or mode = 'standalone', where a batch holds many users"
         )
     of_examples, scores = LOSSES[name], make_scores(tower)
@@ -61,7 +64,9 @@ def make_loss(tower: SharedTower, name: str) -> Callable[[Tensors, Tensors, Tens
 
 
 def make_scores(tower: SharedTower) -> Scores:
-    """``scores(parameters, slots, inputs) -> (positive (B,), negative (B, N))``, each target scored by what came before it."""
+    """``scores(parameters, slots, inputs) -> (positive (B,), negative (B, N))``, each target scored by what came
+    before it.
+    """
     represent, score = pure(tower, "represent"), pure(tower, "score")
 
     def scores(parameters: Tensors, slots: Tensors, inputs: Tensors) -> tuple[Tensor, Tensor]:
@@ -76,7 +81,9 @@ def make_scores(tower: SharedTower) -> Scores:
 
 
 def pure(tower: SharedTower, method: str) -> Callable[..., Tensor]:
-    """A method of the tower as a function of its parameters: ``f(parameters, *arguments)``; missing ones are the tower's."""
+    """A method of the tower as a function of its parameters: ``f(parameters, *arguments)``; missing ones are the
+    tower's.
+    """
     called = _Method(tower, method)
 
     def call(parameters: Tensors, *arguments: Tensor) -> Tensor:

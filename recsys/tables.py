@@ -1,10 +1,13 @@
-"""CloudTables: the tables and towers that stay in the cloud, TorchRec underneath, seen by everyone else as rows by id."""
+"""CloudTables: the tables and towers that stay in the cloud, TorchRec underneath, seen by everyone else as rows by
+id.
+"""
 
 from __future__ import annotations
 
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +20,8 @@ from fedtower.core.plan import RowSettings
 from fedtower.recsys.models import CloudTower, Table
 
 with warnings.catch_warnings():
-    # torchrec and fbgemm raise deprecation warnings of their own at import, log through the root logger, and install a handler there.
+    # torchrec and fbgemm raise deprecation warnings of their own at import, log through the root logger, and install a
+    # handler there.
     warnings.simplefilter("ignore")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     _handlers = list(logging.root.handlers)
@@ -40,7 +44,8 @@ class RowOutOfRange(UpdateError):
 
 
 class CloudTables:
-    """The :class:`~fedtower.core.rows.RowStore` of one source, ``item``: tables, the tower on them, and their optimisers.
+    """The :class:`~fedtower.core.rows.RowStore` of one source, ``item``: tables, the tower on them, and their
+    optimisers.
 
     The tables are stepped inside the backward pass (fused rowwise Adagrad or SGD, explicit epsilon), the tower by Adam.
     """
@@ -70,7 +75,10 @@ class CloudTables:
             self._collection = FusedEmbeddingBagCollection(
                 tables=[
                     EmbeddingBagConfig(
-                        name=table.name, embedding_dim=table.dim, num_embeddings=table.num_rows, feature_names=[table.name]
+                        name=table.name,
+                        embedding_dim=table.dim,
+                        num_embeddings=table.num_rows,
+                        feature_names=[table.name],
                     )
                     for table in tables
                 ],
@@ -127,11 +135,13 @@ class CloudTables:
         return out
 
     def apply(self, deltas: Mapping[str, tuple[IntArray, FloatArray]], lr_scale: float) -> None:
-        """Step tables and tower along row deltas: minus a delta is the gradient of the row, and goes back through the tower."""
+        """Step tables and tower along row deltas: minus a delta is the gradient of the row, and goes back through the
+        tower.
+        """
         self.begin(lr_scale)
         for source, (ids, delta) in deltas.items():
             if len(ids):
-                self.rows(source, ids).backward(torch.from_numpy(-delta).to(self._device))
+                self.rows(source, ids).backward(torch.from_numpy(-delta).to(self._device))  # type: ignore[no-untyped-call]
         self.finish()
 
     def begin(self, lr_scale: float) -> None:
@@ -150,9 +160,9 @@ class CloudTables:
             self._adam.step()
         self._generation += 1
 
-    def snapshot(self) -> dict[str, NDArray[np.generic]]:
+    def snapshot(self) -> dict[str, NDArray[Any]]:
         """Tables, tower, and the state of both optimisers."""
-        arrays: dict[str, NDArray[np.generic]] = {"generation": np.asarray(self._generation, dtype=np.int64)}
+        arrays: dict[str, NDArray[Any]] = {"generation": np.asarray(self._generation, dtype=np.int64)}
         arrays |= {f"table/{name}": _copy(value) for name, value in self._weights().items()}
         arrays |= {f"fused/{name}": _copy(value) for name, value in self._moments().items()}
         arrays |= {f"tower/{name}": _copy(value) for name, value in self.tower.state_dict().items()}
@@ -160,7 +170,7 @@ class CloudTables:
             arrays |= {f"adam/{name}": value for name, value in optimizer_arrays(self._adam).items()}
         return arrays
 
-    def restore(self, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Continue from a snapshot, bit for bit."""
         self._generation = int(_take(arrays, "generation"))
         for name, value in self._weights().items():
@@ -181,21 +191,16 @@ class CloudTables:
 
     def _moments(self) -> dict[str, Tensor]:
         states = self._optimizer.state_dict()["state"]
-        return {
-            key: value
-            for state in states.values()
-            for key, value in state.items()
-            if isinstance(value, Tensor)
-        }
+        return {key: value for state in states.values() for key, value in state.items() if isinstance(value, Tensor)}
 
 
-def optimizer_arrays(optimizer: torch.optim.Optimizer) -> dict[str, NDArray[np.generic]]:
+def optimizer_arrays(optimizer: torch.optim.Optimizer) -> dict[str, NDArray[Any]]:
     """The state of a torch optimiser as arrays, named ``position/moment``."""
     states = optimizer.state_dict()["state"]
     return {f"{position}/{name}": _copy(value) for position, state in states.items() for name, value in state.items()}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Give an optimiser the state that :func:`optimizer_arrays` took; its learning rate stays."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in arrays.items():
@@ -204,21 +209,22 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, arrays: Mapping[str, NDA
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def _copy(value: Tensor) -> NDArray[np.generic]:
-    out: NDArray[np.generic] = value.detach().cpu().numpy().copy()
+def _copy(value: Tensor) -> NDArray[Any]:
+    out: NDArray[Any] = value.detach().cpu().numpy().copy()
     return out
 
 
-def _fill(value: Tensor, arrays: Mapping[str, NDArray[np.generic]], name: str) -> None:
+def _fill(value: Tensor, arrays: Mapping[str, NDArray[Any]], name: str) -> None:
     array = _take(arrays, name)
     if tuple(array.shape) != tuple(value.shape):
         raise CheckpointError(
-            f"the checkpoint's {name!r} has shape {array.shape}, but this model has {tuple(value.shape)}; was it written by another recipe?"
+            f"the checkpoint's {name!r} has shape {array.shape}, but this model has {tuple(value.shape)}; was it "
+            f"written by another recipe?"
         )
     value.copy_(torch.from_numpy(np.array(array)))
 
 
-def _take(arrays: Mapping[str, NDArray[np.generic]], name: str) -> NDArray[np.generic]:
+def _take(arrays: Mapping[str, NDArray[Any]], name: str) -> NDArray[Any]:
     if name not in arrays:
         raise CheckpointError(f"the checkpoint holds no {name!r}: it belongs to another model, or to an older fedtower")
     return arrays[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from fedtower.recsys.scorer import ModelScorer
 from fedtower.recsys.tables import CloudTables
 
 FloatArray = NDArray[np.float32]
-Arrays = Mapping[str, NDArray[np.generic]]
+Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def assemble(setting: Setting, *, row_lr: float | None = None, tower_lr: float |
     recipe, population = setting.recipe, setting.population
     if recipe.device != "cpu" and not (recipe.device.startswith("cuda") and torch.cuda.is_available()):
         raise RecipeError(
-            f'device = "{recipe.device}" is not there: torch {torch.__version__} sees {_devices()}. `fedtower doctor` says what is '
-            f"installed; CONTRIBUTING.md has the command that installs for a GPU"
+            f'device = "{recipe.device}" is not there: torch {torch.__version__} sees {_devices()}. `fedtower doctor` '
+            f"says what is installed; CONTRIBUTING.md has the command that installs for a GPU"
         )
     torch.set_num_threads(recipe.threads)
     generator = torch.Generator().manual_seed(int(setting.draws.bits("initial parameters")) & 0x7FFFFFFFFFFFFFFF)
@@ -120,7 +120,7 @@ def assemble(setting: Setting, *, row_lr: float | None = None, tower_lr: float |
     )
     store = ClientStore(population.num_clients)
     for name, value in declared.device_parameters().items():
-        store.declare(name, lambda clients, value=value: np.broadcast_to(value, (len(clients), *value.shape)))
+        store.declare(name, value)
     return Assembled(declared, tables, store, SequenceData(population, setting.split, setting.draws))
 
 
@@ -167,7 +167,8 @@ class Federated:
 
     def rounds(self) -> Iterator[RoundReport]:
         """Train, one round an item."""
-        for self._state, report in run_rounds(self._state, self._parts):
+        for state, report in run_rounds(self._state, self._parts):
+            self._state = state
             yield report
 
     def scorer(self, moment: str) -> ModelScorer:
@@ -193,14 +194,16 @@ class Federated:
         self._state = replace(
             self._state,
             round=int(arrays["round"]),
-            parameters={name: np.asarray(value, dtype=np.float32) for name, value in grouped(arrays, "parameters").items()},
+            parameters={
+                name: np.asarray(value, dtype=np.float32) for name, value in grouped(arrays, "parameters").items()
+            },
             optimizer=grouped(arrays, "optimizer"),
             aggregator=grouped(arrays, "aggregator"),
             generation=self._model.tables.generation,
         )
 
 
-def _under(group: str, arrays: Arrays) -> dict[str, NDArray[np.generic]]:
+def _under(group: str, arrays: Arrays) -> dict[str, NDArray[Any]]:
     return {f"{group}/{name}": value for name, value in arrays.items()}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +17,13 @@ from fedtower.core.hooks import hookimpl
 from fedtower.core.registry import Registry
 from fedtower.core.updates import Updates
 
-State = Mapping[str, NDArray[np.generic]]
+State = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class FedAvg:
-    r"""The mean of the deltas, :math:`\sum_c w_c \Delta_c / \sum_c w_c`, in one pass and with the same bits for any order.
+    r"""The mean of the deltas, :math:`\sum_c w_c \Delta_c / \sum_c w_c`, in one pass and with the same bits for any
+    order.
 
     A row's mean is over the clients that touched it; ``row_weights`` carries their weight.
     """
@@ -40,4 +41,6 @@ class FedAvg:
 
 @hookimpl
 def fedtower_register(registry: Registry) -> None:
-    registry.aggregator("fedavg", "fedtower.plugins.aggregators.fedavg:FedAvg", summary="the weighted mean of the updates")
+    registry.aggregator(
+        "fedavg", "fedtower.plugins.aggregators.fedavg:FedAvg", summary="the weighted mean of the updates"
+    )

@@ -20,8 +20,8 @@ from fedtower.core.registry import Registry
 class Poisson:
     """Each client with probability ``client_rate``; the time grows with the cohort, not with the population.
 
-    The gaps between chosen clients are geometric (Devroye, 1986, chapter X.2), so only the chosen ones are drawn. A cohort
-    may come out empty.
+    The gaps between chosen clients are geometric (Devroye, 1986, chapter X.2), so only the chosen ones are drawn. A
+    cohort may come out empty.
     """
 
     client_rate: float = field(metadata={"help": "probability with which each client takes part in a round"})

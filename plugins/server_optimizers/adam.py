@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from fedtower.core.hooks import hookimpl
 from fedtower.core.registry import Registry
 
 Parameters = Mapping[str, NDArray[np.float32]]
-State = Mapping[str, NDArray[np.generic]]
+State = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Adam:
 
     def update(self, parameters: Parameters, delta: Parameters, state: State, lr: float) -> tuple[Parameters, State]:
         steps = int(state["steps"]) + 1
-        after: dict[str, NDArray[np.generic]] = {"steps": np.asarray(steps, dtype=np.int64)}
+        after: dict[str, NDArray[Any]] = {"steps": np.asarray(steps, dtype=np.int64)}
         moved = {}
         for name, value in parameters.items():
             m = self.beta1 * state[f"m/{name}"] + (1 - self.beta1) * delta[name]

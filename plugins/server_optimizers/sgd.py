@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from fedtower.core.hooks import hookimpl
 from fedtower.core.registry import Registry
 
 Parameters = Mapping[str, NDArray[np.float32]]
-State = Mapping[str, NDArray[np.generic]]
+State = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class SGD:
         if self.momentum:
             delta = {name: np.float32(self.momentum) * state[name] + delta[name] for name in parameters}
             state = dict(delta)
-        return {name: (value + np.float32(lr) * delta[name]).astype(np.float32) for name, value in parameters.items()}, state
+        return {
+            name: (value + np.float32(lr) * delta[name]).astype(np.float32) for name, value in parameters.items()
+        }, state
 
 
 @hookimpl

@@ -24,7 +24,8 @@ States = Mapping[str, NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Clip:
-    r"""Each client's update times :math:`\min(1, \text{norm} / \lVert\Delta\rVert_2)`, dense parameters and rows together.
+    r"""Each client's update times :math:`\min(1, \text{norm} / \lVert\Delta\rVert_2)`, dense parameters and rows
+    together.
 
     An update that is not finite has no norm; it passes as it is, for the server to refuse.
     """
@@ -42,15 +43,16 @@ class Clip:
         squared = np.zeros(len(updates))
         for delta in updates.dense.values():
             squared += np.square(delta.astype(np.float64)).reshape(len(updates), -1).sum(axis=1)
-        for rows in updates.rows.values():
-            lengths = np.square(rows.row_deltas.astype(np.float64)).sum(axis=1)
-            squared += np.bincount(rows.owners, weights=lengths, minlength=len(updates))
+        for part in updates.rows.values():
+            lengths = np.square(part.row_deltas.astype(np.float64)).sum(axis=1)
+            squared += np.bincount(part.owners, weights=lengths, minlength=len(updates))
         with np.errstate(divide="ignore"):
             factor = np.minimum(1.0, self.norm / np.sqrt(squared)).astype(np.float32)
         factor[~np.isfinite(squared)] = 1.0
         dense = {name: delta * factor.reshape(-1, *([1] * (delta.ndim - 1))) for name, delta in updates.dense.items()}
         rows = {
-            table: replace(part, row_deltas=part.row_deltas * factor[part.owners][:, None]) for table, part in updates.rows.items()
+            table: replace(part, row_deltas=part.row_deltas * factor[part.owners][:, None])
+            for table, part in updates.rows.items()
         }
         clipped = (factor < 1).astype(np.float64)
         return replace(updates, dense=dense, rows=rows, metrics={**updates.metrics, "clipped": clipped}), state

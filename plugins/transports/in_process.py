@@ -19,10 +19,16 @@ from fedtower.core.updates import Updates
 
 @dataclass(frozen=True)
 class InProcess:
-    """Updates of ``block`` clients at a time; a share of the cohort drawn by the seed can be made to vanish before it trains."""
+    """Updates of ``block`` clients at a time; a share of the cohort drawn by the seed can be made to vanish before it
+    trains.
+    """
 
-    block: int = field(default=32, metadata={"help": "clients visited together; it changes the memory used and nothing else"})
-    dropout: float = field(default=0.0, metadata={"help": "probability that a chosen client vanishes, from 0 to below 1"})
+    block: int = field(
+        default=32, metadata={"help": "clients visited together; it changes the memory used and nothing else"}
+    )
+    dropout: float = field(
+        default=0.0, metadata={"help": "probability that a chosen client vanishes, from 0 to below 1"}
+    )
 
     def __post_init__(self) -> None:
         if self.block < 1:

@@ -1,8 +1,8 @@
 """DSSM: a user tower on the device, an item tower in the cloud, and their dot product.
 
-Huang et al., 2013, https://doi.org/10.1145/2505515.2505665, the two towers; the user tower pools the history over several
-windows, so that the newest items are seen apart, as in Covington et al., 2016, https://doi.org/10.1145/2959100.2959190, who
-pool it whole. Scores are dot products plus an item bias, not cosines.
+Huang et al., 2013, https://doi.org/10.1145/2505515.2505665, the two towers; the user tower pools the history over
+several windows, so that the newest items are seen apart, as in Covington et al., 2016,
+https://doi.org/10.1145/2959100.2959190, who pool it whole. Scores are dot products plus an item bias, not cosines.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from fedtower.recsys.models import CloudTower, Declared, Schema, SharedTower, Ta
 
 @dataclass(frozen=True)
 class DSSM:
-    """Item table and item tower in the cloud, user tower shared, and on request a vector of each user's own on her device.
+    """Item table and item tower in the cloud, user tower shared, and on request a vector of each user's own on her
+    device.
 
     History items and target items are rows of the same table.
     """
@@ -26,10 +27,15 @@ class DSSM:
     dim: int = field(default=64, metadata={"help": "width of user and item vectors, a multiple of 4"})
     hidden: int = field(default=128, metadata={"help": "width of the user tower's hidden layer"})
     windows: tuple[int, ...] = field(
-        default=(20, 5, 1), metadata={"help": "pool the newest so many items, each apart; the whole history is always pooled"}
+        default=(20, 5, 1),
+        metadata={"help": "pool the newest so many items, each apart; the whole history is always pooled"},
     )
-    item_hidden: int = field(default=0, metadata={"help": "width of the item tower's hidden layer; 0: row plus linear features"})
-    user_vector: bool = field(default=False, metadata={"help": "a vector of each user's own, which never leaves the device"})
+    item_hidden: int = field(
+        default=0, metadata={"help": "width of the item tower's hidden layer; 0: row plus linear features"}
+    )
+    user_vector: bool = field(
+        default=False, metadata={"help": "a vector of each user's own, which never leaves the device"}
+    )
     scale: float = field(default=0.05, metadata={"help": "standard deviation of the item table's first values"})
 
     def __post_init__(self) -> None:
@@ -43,7 +49,9 @@ class DSSM:
         return Declared(
             tables=(
                 Table("item", schema.num_items, self.dim, self.scale),
-                Table("item_bias", schema.num_items, 4, 0.0),  # four is the narrowest table there is; the first column is used
+                Table(
+                    "item_bias", schema.num_items, 4, 0.0
+                ),  # four is the narrowest table there is; the first column is used
             ),
             cloud=ItemTower(self.dim, schema.num_item_features, self.item_hidden, generator),
             shared=UserTower(self.dim, schema.num_user_features, self.hidden, windows, self.user_vector, generator),
@@ -99,7 +107,9 @@ class UserTower(SharedTower):
         self.user_vector = nn.Parameter(torch.zeros(dim)) if user_vector else None
 
     def represent(self, history: Tensor, target: Tensor, user: Tensor) -> Tensor:
-        age = target[:, None] - torch.arange(history.shape[0], device=history.device)[None, :]  # 1 for the item just before
+        age = (
+            target[:, None] - torch.arange(history.shape[0], device=history.device)[None, :]
+        )  # 1 for the item just before
         vectors = history[:, : self.dim]
         pools = []
         for window in self.windows:

@@ -44,7 +44,9 @@ class Loop:
         losses = np.zeros(len(work))
         shared = {name: torch.from_numpy(value) for name, value in plan.parameters.items()}
         for client in range(len(work)):
-            parameters: Tensors = shared | {name: torch.from_numpy(values[client]) for name, values in work.states.items()}
+            parameters: Tensors = shared | {
+                name: torch.from_numpy(values[client]) for name, values in work.states.items()
+            }
             mine = {source: slice(*needed.offsets[client : client + 2]) for source, needed in work.row_ids.items()}
             for at in range(int(work.steps[client])):
                 parameters, stepped, loss = self._step(plan, work, client, at, parameters, rows["item"][mine["item"]])
@@ -58,7 +60,7 @@ class Loop:
         self, plan: Plan, work: Work, client: int, at: int, parameters: Tensors, rows: FloatArray
     ) -> tuple[Tensors, FloatArray, float]:
         """One client's parameters, rows and loss after its step ``at``."""
-        inputs = {name: torch.from_numpy(np.ascontiguousarray(values[client, at])) for name, values in work.inputs.items()}
+        inputs = {name: torch.from_numpy(np.array(values[client, at])) for name, values in work.inputs.items()}
         places = {name: values[client, at] for name, values in work.slots.items()}
         slots = {name: torch.from_numpy(rows[where]) for name, where in places.items()}
         parameters, gradients, loss = self.step(parameters, slots, inputs, plan.local.lr)

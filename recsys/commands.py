@@ -1,0 +1,214 @@
+"""The recommender's commands: run, resume, evaluate, recommend, recipes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from fedtower.core.cli import pass_registry
+from fedtower.core.recipe import load_recipe
+from fedtower.core.registry import Registry
+from fedtower.recsys.display import Display
+from fedtower.recsys.report import write_report
+from fedtower.recsys.runlog import RunLog, RunRecord, open_run
+from fedtower.recsys.units import figure
+
+runs_option = click.option(
+    "--runs",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Where run folders are made.",
+)
+override_option = click.option(
+    "-o",
+    "--option",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the recipe; may be repeated.",
+)
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="A row for every round.")
+json_option = click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")
+folder_argument = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+
+
+@click.command()
+@click.argument("recipe", metavar="NAME-OR-FILE")
+@override_option
+@runs_option
+@verbose_option
+@pass_registry
+def run(registry: Registry, recipe: str, overrides: tuple[str, ...], runs: Path, verbose: bool) -> None:
+    r"""Train a recipe, by name (see `fedtower recipes`) or from a TOML file.
+
+    \b
+    Examples:
+      fedtower run dssm-synthetic
+      fedtower run dssm-ml-100k -o mode=standalone
+      fedtower run my.toml -o cohort.size=50 -o aggregator.name=my_median
+    """
+    load_recipe(recipe, overrides, registry)  # a mistake is told before torch takes its seconds to load
+    from fedtower.recsys import run as api
+
+    console = Console(highlight=False)
+    with Display(console, verbose=verbose) as display:
+        done = api.run(recipe, overrides, runs=runs, registry=registry, observers=[display], progress=display.say)
+    _finish(console, done.folder)
+
+
+@click.command()
+@folder_argument
+@click.option(
+    "--from", "start", type=int, metavar="ROUND", help="Continue from the checkpoint of this round, not the newest."
+)
+@verbose_option
+@pass_registry
+def resume(registry: Registry, folder: Path, start: int | None, verbose: bool) -> None:
+    r"""Continue a run that was stopped; it ends with the same bits as one that never was.
+
+    \b
+    Example:
+      fedtower resume runs/dssm-synthetic-1
+    """
+    open_run(folder)
+    from fedtower.recsys import run as api
+
+    console = Console(highlight=False)
+    with Display(console, verbose=verbose) as display:
+        done = api.resume(folder, start=start, registry=registry, observers=[display], progress=display.say)
+    _finish(console, done.folder)
+
+
+@click.command()
+@folder_argument
+@click.option(
+    "--protocol",
+    type=click.Choice(["sampled", "full"]),
+    help="Rank among negatives or all items; default: as in the recipe.",
+)
+@json_option
+@pass_registry
+def evaluate(registry: Registry, folder: Path, protocol: Literal["sampled", "full"] | None, as_json: bool) -> None:
+    r"""Measure a run's newest model on the test items again.
+
+    \b
+    Example:
+      fedtower evaluate runs/dssm-synthetic-1 --protocol full
+    """
+    open_run(folder)
+    from fedtower.recsys import run as api
+
+    evaluation = api.load(folder, registry=registry).evaluate(protocol)
+    if as_json:
+        shown = {"role": evaluation.role, "label": evaluation.protocol_label, "metrics": evaluation.metrics}
+        click.echo(json.dumps({**shown, "cases": evaluation.cases, "users": evaluation.users}))
+        return
+    table = Table(
+        title=f"{evaluation.role}, {evaluation.protocol_label}, {evaluation.cases:,} cases", title_justify="left"
+    )
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in evaluation.metrics.items():
+        table.add_row(name, figure(value))
+    Console(highlight=False).print(table)
+
+
+@click.command()
+@folder_argument
+@click.option("--user", required=True, help="A user's id, as in the data.")
+@click.option("-k", "count", default=10, show_default=True, type=click.IntRange(min=1), help="How many items.")
+@json_option
+@pass_registry
+def recommend(registry: Registry, folder: Path, user: str, count: int, as_json: bool) -> None:
+    r"""The top items for one user, by a run's newest model, without those she has touched.
+
+    \b
+    Example:
+      fedtower recommend runs/dssm-ml-100k-1 --user 42 -k 10
+    """
+    open_run(folder)
+    from fedtower.recsys import run as api
+
+    items = api.load(folder, registry=registry).recommend(user, count)
+    if as_json:
+        click.echo(json.dumps([{"item": each.item, "title": each.title, "score": each.score} for each in items]))
+        return
+    table = Table(title=f"for user {user}", title_justify="left")
+    table.add_column("", justify="right")
+    table.add_column("item")
+    table.add_column("title")
+    table.add_column("score", justify="right")
+    for place, each in enumerate(items, start=1):
+        table.add_row(str(place), each.item, each.title or "", figure(each.score))
+    Console(highlight=False).print(table)
+
+
+@click.command()
+@json_option
+@pass_registry
+def recipes(registry: Registry, as_json: bool) -> None:
+    r"""List the recipes that can be run by name.
+
+    \b
+    Example:
+      fedtower recipes
+    """
+    offers = registry.offers("recipe")
+    if as_json:
+        click.echo(
+            json.dumps(
+                [{"name": offer.name, "summary": offer.summary, "distribution": offer.distribution} for offer in offers]
+            )
+        )
+        return
+    table = Table()
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("summary")
+    for offer in offers:
+        table.add_row(offer.name, offer.summary)
+    Console(highlight=False).print(table)
+
+
+def _finish(console: Console, folder: Path) -> None:
+    """The figures that count, where the report is, and what to do next."""
+    record = RunLog(folder).record()
+    report = write_report([folder])
+    console.print(_figures(record))
+    console.print(f"report: {report}", soft_wrap=True)
+    if record.started.get("mode") == "simulated":
+        console.print(
+            f"next:   fedtower run {folder / 'recipe.toml'} -o mode=standalone   (the same model, trained centrally)",
+            soft_wrap=True,
+        )
+    else:
+        console.print(f"next:   fedtower report {folder} OTHER-RUN   (two runs side by side)", soft_wrap=True)
+
+
+def _figures(record: RunRecord) -> Table:
+    """The model beside the baseline, a row for each protocol."""
+    table = Table(title="test items", title_justify="left")
+    table.add_column("protocol")
+    table.add_column("model")
+    names = (
+        [name for name in record.final()[0]["metrics"] if name.startswith(("HR@", "NDCG@"))] if record.final() else []
+    )
+    for name in [*names, "GAUC"]:
+        table.add_column(name, justify="right")
+    for event in record.final():
+        for baseline in record.baselines:
+            if baseline["label"] == event["label"]:
+                table.add_row(
+                    event["label"],
+                    baseline["name"],
+                    *(figure(baseline["metrics"].get(name)) for name in [*names, "GAUC"]),
+                )
+        table.add_row(
+            event["label"], "trained", *(figure(event["metrics"].get(name)) for name in [*names, "GAUC"]), style="bold"
+        )
+    return table
