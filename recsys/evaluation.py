@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from fedtower.core.draws import Draws
 from fedtower.core.errors import DataError
 from fedtower.recsys import metrics
-from fedtower.recsys.history import TEST, TRAIN, VALIDATION, Population, Split, blocks
+from fedtower.recsys.population import Population, blocks
+from fedtower.recsys.splits import TEST, TRAIN, VALIDATION, Split
 
 if TYPE_CHECKING:
     from fedtower.core.recipe import EvaluationSettings

@@ -15,7 +15,7 @@ from fedtower.core.recipe import Recipe, parse_recipe
 from fedtower.core.round import RoundReport
 from fedtower.recsys.display import Display
 from fedtower.recsys.evaluation import Evaluation
-from fedtower.recsys.history import DataCard
+from fedtower.recsys.population import DataCard
 
 
 def recipe(rounds: int, mode: str = "simulated") -> Recipe:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,12 @@ from hypothesis import strategies as st
 from fedtower.core.draws import Draws
 from fedtower.core.errors import DataError
 from fedtower.core.recipe import EvaluationSettings
+from fedtower.plugins.datasets.movielens.dataset import MovieLens
 from fedtower.recsys import metrics
 from fedtower.recsys.evaluation import Cases, ItemPop, evaluate, make_cases, sample_negatives
-from fedtower.recsys.history import EventTable, HeldOut, make_split
+from fedtower.recsys.event_table import EventTable
+from fedtower.recsys.population import HeldOut
+from fedtower.recsys.splits import make_split
 from fedtower.recsys.vocabulary import Vocabulary
 
 DRAWS = Draws(7)
@@ -281,3 +285,19 @@ def test_popularity_ranks_by_hand() -> None:
     # 2).
     assert result.metrics["HR@1"] == 0.5
     assert result.metrics["MRR"] == pytest.approx((1 + 1 + 1 / 3 + 1 / 3) / 4)
+
+
+def test_popularity_on_the_exact_ncf_split_has_its_published_figures(shared_data: Path) -> None:
+    population = MovieLens(version="1m", path=shared_data / "ml-1m").load(draws=DRAWS, progress=lambda text: None)
+    split = make_split("ncf", population, validation=False, draws=DRAWS)
+    baseline = ItemPop.count(population, split)
+    assert baseline.counts.sum() == 994_169
+    result = evaluate(baseline, population, split, "test", EvaluationSettings(), DRAWS)
+    assert (result.protocol_label, result.cases, result.users) == ("given negatives (NCF)", 6040, 6040)
+    assert round(result.metrics["HR@10"], 3) == 0.452
+    assert round(result.metrics["NDCG@10"], 3) == 0.253
+    sampled = EvaluationSettings(negatives=99)
+    validated = make_split("ncf", population, validation=True, draws=DRAWS)
+    drawn = evaluate(baseline, population, validated, "validation", sampled, DRAWS)
+    assert drawn.protocol_label == "sampled, 99 negatives"
+    assert 0.4 < drawn.metrics["HR@10"] < 0.52
