@@ -102,7 +102,7 @@ def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool
 @click.option("--plugins-block", multiple=True, is_eager=True, metavar="NAMES", help="None of these plugins.")
 @click.pass_context
 def fedtower(ctx: click.Context, debug: bool, plugins_allow: Sequence[str], plugins_block: Sequence[str]) -> None:
-    r"""Train recommenders on data that stays where it is.
+    """Train recommenders on data that stays where it is.
 
     \b
     Begin with:

@@ -45,7 +45,7 @@ folder_argument = click.argument("folder", metavar="RUN", type=click.Path(path_t
 @verbose_option
 @pass_registry
 def run(registry: Registry, recipe: str, overrides: tuple[str, ...], runs: Path, verbose: bool) -> None:
-    r"""Train a recipe, by name (see `fedtower recipes`) or from a TOML file.
+    """Train a recipe, by name (see `fedtower recipes`) or from a TOML file.
 
     \b
     Examples:
@@ -70,7 +70,7 @@ def run(registry: Registry, recipe: str, overrides: tuple[str, ...], runs: Path,
 @verbose_option
 @pass_registry
 def resume(registry: Registry, folder: Path, start: int | None, verbose: bool) -> None:
-    r"""Continue a run that was stopped; it ends with the same bits as one that never was.
+    """Continue a run that was stopped; it ends with the same bits as one that never was.
 
     \b
     Example:
@@ -95,7 +95,7 @@ def resume(registry: Registry, folder: Path, start: int | None, verbose: bool) -
 @json_option
 @pass_registry
 def evaluate(registry: Registry, folder: Path, protocol: Literal["sampled", "full"] | None, as_json: bool) -> None:
-    r"""Measure a run's newest model on the test items again.
+    """Measure a run's newest model on the test items again.
 
     \b
     Example:
@@ -126,7 +126,7 @@ def evaluate(registry: Registry, folder: Path, protocol: Literal["sampled", "ful
 @json_option
 @pass_registry
 def recommend(registry: Registry, folder: Path, user: str, count: int, as_json: bool) -> None:
-    r"""The top items for one user, by a run's newest model, without those she has touched.
+    """The top items for one user, by a run's newest model, without those she has touched.
 
     \b
     Example:
@@ -153,7 +153,7 @@ def recommend(registry: Registry, folder: Path, user: str, count: int, as_json: 
 @json_option
 @pass_registry
 def recipes(registry: Registry, as_json: bool) -> None:
-    r"""List the recipes that can be run by name.
+    """List the recipes that can be run by name.
 
     \b
     Example:

@@ -42,8 +42,8 @@ COMMANDS = (
 
 RECIPES = (
     ("dssm-synthetic", "a two-tower recommender on generated data; the first thing to run"),
-    ("dssm-ml-100k", "the same on MovieLens 100K"),
-    ("dssm-ml-1m", "the same on MovieLens 1M"),
+    ("dssm-ml-100k", "the two-tower recommender on MovieLens 100K"),
+    ("dssm-ml-1m", "the two-tower recommender on MovieLens 1M, the NCF split"),
 )
 
 

@@ -15,7 +15,7 @@ from fedtower.core.registry import PluginStatus, Registry
 
 @click.group()
 def plugins() -> None:
-    r"""List, show, check and begin plugins.
+    """List, show, check and begin plugins.
 
     \b
     Examples:
@@ -30,7 +30,7 @@ def plugins() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print everything that is known as JSON.")
 @pass_registry
 def list_command(registry: Registry, kind: str | None, as_json: bool) -> None:
-    r"""List every part that is installed, and every plugin that failed, with the reason.
+    """List every part that is installed, and every plugin that failed, with the reason.
 
     \b
     Examples:
@@ -53,7 +53,7 @@ def list_command(registry: Registry, kind: str | None, as_json: bool) -> None:
 @click.option("--kind", metavar="KIND", help="Which, when parts of several kinds have this name.")
 @pass_registry
 def show(registry: Registry, name: str, kind: str | None) -> None:
-    r"""Show a part: its settings with types and defaults, its capabilities, its source, and how a recipe names it.
+    """Show a part: its settings with types and defaults, its capabilities, its source, and how a recipe names it.
 
     NAME is a part's name, or a plugin's.
 
@@ -77,7 +77,7 @@ def show(registry: Registry, name: str, kind: str | None) -> None:
 @pass_registry
 @click.pass_context
 def check(ctx: click.Context, registry: Registry, name: str, kind: str | None) -> None:
-    r"""Run the promises of a part, and say which it keeps. Exits with 4 when one is broken.
+    """Run the promises of a part, and say which it keeps. Exits with 4 when one is broken.
 
     NAME is a part's name, or a plugin's. A part whose settings have no defaults is tried with those of its
     capability "example".
@@ -118,7 +118,7 @@ def check(ctx: click.Context, registry: Registry, name: str, kind: str | None) -
 )
 @pass_registry
 def new(registry: Registry, kind: str, name: str, folder: Path) -> None:
-    r"""Write a complete package with one part of a KIND, which can be installed, checked and run as it is.
+    """Write a complete package with one part of a KIND, which can be installed, checked and run as it is.
 
     KIND is one of the kinds of `fedtower plugins list`, or "observer" for hooks alone. NAME is the part's name.
 
