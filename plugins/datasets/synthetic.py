@@ -175,7 +175,7 @@ class SyntheticPopulation:
         return None
 
     def client_index(self, user: str) -> int:
-        """The client called ``u0``, ``u1``, ..."""
+        """The client called ``u0``, ``u1``, ...; the number alone will do."""
         number = user.removeprefix("u")
         if not number.isascii() or not number.isdigit() or int(number) >= self.num_clients:
             raise DataError(f"there is no user {user!r}: the generated users are u0 to u{self.num_clients - 1}")

@@ -13,4 +13,5 @@ def fedtower_register(registry: Registry) -> None:
         "interactions",
         "fedtower.plugins.datasets.interactions.dataset:InteractionsFile",
         summary="your own CSV or Parquet file: user, item, and what else it has",
+        capabilities={"example": "fedtower.plugins.datasets.interactions.example:write"},
     )

@@ -16,5 +16,5 @@ def fedtower_register(registry: Registry) -> None:
         "movielens",
         "fedtower.plugins.datasets.movielens.dataset:MovieLens",
         summary="MovieLens 100K, 1M, latest-small and 25M, from their official files",
-        capabilities={"download": True, "splits": ["ncf"]},
+        capabilities={"download": True, "example": "fedtower.plugins.datasets.movielens.example:write"},
     )
