@@ -1,0 +1,47 @@
+"""Every part that is installed keeps the promises of its kind; how many there are is said first."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from fedtower.core.registry import discover
+from fedtower.core.testing.offered import promises_of
+
+REGISTRY = discover()
+OURS = [offer for offer in REGISTRY.offers() if offer.distribution == "fedtower"]
+
+HOW_MANY = {
+    "aggregator": 1,
+    "command": 9,
+    "dataset": 3,
+    "model": 1,
+    "recipe": 3,
+    "runtime": 1,
+    "sampler": 2,
+    "server_optimizer": 2,
+    "tracker": 3,
+    "transform": 1,
+    "transport": 1,
+}
+
+
+def test_there_are_as_many_as_expected() -> None:
+    assert Counter(offer.kind for offer in OURS) == HOW_MANY
+
+
+def test_every_kind_has_a_part() -> None:
+    assert {kind.name for kind in REGISTRY.kinds()} == set(HOW_MANY)
+
+
+def test_no_plugin_of_ours_failed() -> None:
+    failed = [f"{p.name}: {p.reason}" for p in REGISTRY.plugins() if p.distribution == "fedtower" and p.status == "failed"]
+    assert not failed
+
+
+# One class for each offer, under a name of its own: that is what pytest collects.
+for _offer in OURS:
+    _class = promises_of(REGISTRY, _offer)
+    globals()[_class.__name__] = _class
+
