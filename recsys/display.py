@@ -97,13 +97,10 @@ class Display:
 
     @hookimpl
     def evaluated(self, subject: str, evaluation: Evaluation) -> None:
+        # The figures on the test items, and the baseline's, are shown together when the run has ended.
         if subject == "model" and evaluation.role == "validation":
             self._figures = evaluation.metrics
             self._print_pending(evaluation.metrics)
-            return
-        self._print_pending()
-        figures = "  ".join(f"{name} {figure(value)}" for name, value in evaluation.metrics.items())
-        self.say(f"{subject} on {evaluation.role} items, {evaluation.protocol_label}: {figures}")
 
     @hookimpl
     def warned(self, message: str) -> None:

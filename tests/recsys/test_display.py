@@ -72,10 +72,7 @@ def test_in_a_file_a_round_is_a_plain_line() -> None:
     lines = shown(20, terminal=False)
     assert lines[0] == "round 1/20  loss 5.000  clients 1,200  dropped 0  up 20.8 MB  down 936 MB  71 s"
     assert lines[19].startswith("round 20/20  loss 5.000  HR@10 0.512  NDCG@10 0.300  clients 1,200")
-    assert lines[20:] == [
-        "ItemPop on test items, full ranking: HR@10 0.041  MRR 0.020",
-        "model on test items, full ranking: HR@10 0.041  MRR 0.020",
-    ]
+    assert len(lines) == 20
     assert "escape" not in "".join(lines)
 
 
