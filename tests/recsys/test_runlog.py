@@ -52,6 +52,7 @@ def test_a_torn_last_line_is_left_out_and_what_comes_after_it_is_not(tmp_path: P
     log.append("resumed", round=1)
     log.append("round", round=2, loss=0.25)
     assert [(event["round"], event["loss"]) for event in log.record().rounds] == [(1, 1.0), (2, 0.25)]
+    assert [event["round"] for event in log.record().resumed] == [1]
 
 
 @pytest.mark.parametrize("cut", range(1, 60))
