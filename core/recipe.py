@@ -12,10 +12,10 @@ from typing import Any, Literal, get_type_hints
 from fedtower.core.discovery import Gate
 from fedtower.core.errors import MissingDependency, PluginError, RecipeError, nearest
 from fedtower.core.offers import Offer
-from fedtower.core.overrides import NamedPart, override_values
+from fedtower.core.overrides import NamedPart, apply_overrides
 from fedtower.core.plan import LocalSettings, RowSettings, StandaloneSettings
 from fedtower.core.registry import Registry, discover
-from fedtower.core.settings import Part, build, plain
+from fedtower.core.settings import Part, build, plain, settings_of
 
 __all__ = [
     "CheckpointSettings",
@@ -27,6 +27,7 @@ __all__ = [
     "ServerSection",
     "check",
     "load_recipe",
+    "override_values",
     "parse_recipe",
 ]
 
@@ -67,7 +68,7 @@ class EvaluationSettings:
     )
     negatives: int = field(default=99, metadata={"help": "items that each held-out item is ranked among"})
     k: tuple[int, ...] = field(default=(10,), metadata={"help": "lengths of the lists"})
-    every: int = field(default=20, metadata={"help": "rounds between evaluations on the validation items; 0: none"})
+    every: int = field(default=20, metadata={"help": "rounds between evaluations on the validation items; 0: none. Standalone: as many in all"})
     batch_size: int = field(default=512, metadata={"help": "users scored at a time; it changes no figure"})
 
 
@@ -75,7 +76,7 @@ class EvaluationSettings:
 class CheckpointSettings:
     """What is kept of a run, so that it can go on after a kill."""
 
-    every: int = field(default=20, metadata={"help": "rounds between checkpoints"})
+    every: int = field(default=20, metadata={"help": "rounds between checkpoints. Standalone: as many in all"})
     keep: int = field(default=2, metadata={"help": "how many checkpoints stay"})
 
 
@@ -156,7 +157,7 @@ class Recipe:
 def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = (), registry: Registry | None = None) -> Recipe:
     """The recipe of that name, or in that ``.toml`` file, with ``"dotted.key=value"`` overrides; checked whole.
 
-    Beside a file, its folder's ``fedtower_plugins.py`` counts. The recipe's own ``[plugins]`` restrict ``registry``.
+    Beside a file, its folder's ``fedtower_plugins.py`` counts. All settings of the parts are written out in it.
 
     Raises:
         RecipeError: the recipe does not exist, or a key, a part or a value is not known; the message names the nearest.
@@ -165,10 +166,9 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = (), registr
     text, origin = _read(name_or_path, registry)
     overrides = list(overrides)
     try:
-        values = override_values(tomllib.loads(text), overrides, SECTIONS)
+        values = override_values(tomllib.loads(text), overrides)
         recipe = parse_recipe(values)
-        registry.restrict(Gate("the recipe's [plugins]", recipe.plugins.allow, recipe.plugins.block))
-        check(recipe, registry)
+        recipe = check(recipe, registry)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{origin} is not TOML: {error}") from error
     except RecipeError as error:
@@ -186,16 +186,27 @@ def parse_recipe(values: Mapping[str, Any]) -> Recipe:
     return build(Recipe, values, path="")
 
 
-def check(recipe: Recipe, registry: Registry) -> None:
-    """Check that every part is offered and accepts its settings.
+def check(recipe: Recipe, registry: Registry) -> Recipe:
+    """The recipe with all settings of its parts written out, once every part is found and accepts its settings.
 
-    A part whose library is not installed is only looked up: a run that really needs it will say what is missing.
+    The recipe's own ``[plugins]`` restrict ``registry``. A part whose library is not installed is only looked up: a run
+    that really needs it will say what is missing.
     """
+    registry.restrict(Gate("the recipe's [plugins]", recipe.plugins.allow, recipe.plugins.block))
+    values = recipe.to_dict()
     for path, kind, part in recipe.parts():
+        section, _, place = path.partition(".")
         try:
-            registry.make(kind, part, path=path)
+            made = registry.make(kind, part, path=path)
         except MissingDependency:
             continue
+        (values[section][int(place)] if place else values[section]).update(settings_of(made))
+    return parse_recipe(values)
+
+
+def override_values(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A recipe's values with every ``"dotted.key=value"`` set; naming another part drops its settings."""
+    return apply_overrides(values, overrides, SECTIONS)
 
 
 def _sections() -> dict[str, NamedPart]:

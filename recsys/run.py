@@ -193,6 +193,7 @@ def _train(
     if start is None:
         hooks.observe("data_loaded", card=setting.population.card.to_dict())
     training = _training(setting)
+    judge_every, save_every = _pace(recipe, recipe.evaluation.every), _pace(recipe, recipe.checkpoint.every)
     last = saved = 0
     if start is not None:
         training.restore(read_checkpoint(folder.checkpoints, start))
@@ -201,10 +202,10 @@ def _train(
     try:
         for report in training.rounds():
             last = report.round
-            if _is_due(last, recipe.evaluation.every) and setting.split.validation:
+            if _is_due(last, judge_every) and setting.split.validation:
                 evaluation = _evaluate(setting, training.scorer("validation"), "validation")
                 hooks.observe("evaluated", round=last, subject="model", evaluation=evaluation)
-            if _is_due(last, recipe.checkpoint.every):
+            if _is_due(last, save_every):
                 saved = _save(training, folder, last, recipe, hooks)
         if saved != last:
             _save(training, folder, last, recipe, hooks)
@@ -219,6 +220,16 @@ def _train(
     summary = RunLog(folder.path).record().summary()
     folder.write("summary.json", summary)
     hooks.observe("run_finished", summary=summary)
+
+
+def _pace(recipe: Recipe, rounds: int) -> int:
+    """How many rounds, or in standalone mode how many epochs, are between two of what the recipe wants every ``rounds``.
+
+    Both modes have as many points of a learning curve, and as many checkpoints.
+    """
+    if recipe.mode == "simulated" or not rounds:
+        return rounds
+    return max(1, recipe.standalone.epochs * rounds // recipe.rounds)
 
 
 def _is_due(round: int, every: int) -> bool:
