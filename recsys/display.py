@@ -122,17 +122,17 @@ class Display:
         self.console.print(renderable)
 
     def close(self) -> None:
-        """Print what is left to print, and give the terminal back."""
-        self._print_pending()
+        """Print the round that turned out to be the last, and give the terminal back."""
+        self._print_pending(is_last=True)
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     # Rows
 
-    def _print_pending(self, metrics: Mapping[str, float] | None = None) -> None:
+    def _print_pending(self, metrics: Mapping[str, float] | None = None, *, is_last: bool = False) -> None:
         report, self._pending = self._pending, None
-        if report is None or not self._has_row(report, metrics):
+        if report is None or not (self._has_row(report, metrics) or is_last):
             return
         if self.console.is_terminal:
             self._print_row(report, metrics or {})

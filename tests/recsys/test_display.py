@@ -86,6 +86,18 @@ def test_a_long_run_shows_when_clients_are_first_dropped() -> None:
     assert rounds == ["1/60", "50/60", "60/60"]
 
 
+def test_the_round_at_which_a_long_run_was_stopped_is_shown() -> None:
+    out = io.StringIO()
+    hooks = Hooks.none(report=pytest.fail)
+    hooks.add(display := Display(Console(file=out, width=80)), "display")
+    hooks.observe("run_started", recipe=recipe(450), folder=Path("x"))
+    for number in (1, 2, 3):
+        hooks.observe("round_started", round=number, cohort=None)
+        hooks.observe("round_finished", report=RoundReport(number, 450, 0.5, 5, 0, 1, 1, 2.0))
+    display.close()
+    assert [line.split()[1] for line in out.getvalue().splitlines()] == ["1/450", "3/450"]
+
+
 @pytest.mark.parametrize(("rounds", "verbose"), [(40, False), (60, True)])
 def test_a_short_run_and_a_verbose_one_show_every_round(rounds: int, verbose: bool) -> None:
     assert len([line for line in shown(rounds, terminal=False, verbose=verbose) if "loss" in line]) == rounds
