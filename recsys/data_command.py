@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from rich.text import Text
 from fedtower.core.cli import pass_registry
 from fedtower.core.draws import Draws
 from fedtower.core.errors import RecipeError
-from fedtower.core.recipe import load_recipe, override_values
+from fedtower.core.overrides import apply_overrides
+from fedtower.core.recipe import load_recipe
 from fedtower.core.registry import Registry
-from fedtower.core.settings import Part, build_part
+from fedtower.core.settings import Part, build, build_part
 from fedtower.recsys.archive import Archive, cache_folder, fetch
 from fedtower.recsys.population import DataCard, Dataset
 from fedtower.recsys.units import in_count, in_percent
@@ -31,6 +33,14 @@ _OVERRIDE = click.option(
     metavar="KEY=VALUE",
     help="A setting, such as data.path=ratings.csv.",
 )
+
+
+@dataclass(frozen=True)
+class _DataOnly:
+    """What of a recipe a data set needs."""
+
+    data: Mapping[str, Any]
+    seed: int = 0
 
 
 @click.group()
@@ -47,7 +57,7 @@ def card(registry: Registry, name: str, overrides: Sequence[str], as_json: bool)
     """Load a data set, of a recipe or by its own name, and print its card."""
     part, seed = _part(registry, name, overrides)
     dataset: Dataset = registry.make("dataset", part, path="data")
-    notes = Console(stderr=True, highlight=False)
+    notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     found = dataset.load(draws=Draws(seed), progress=lambda text: notes.print(text, style="dim")).card
     if as_json:
         click.echo(json.dumps(found.to_dict(), indent=2))
@@ -75,7 +85,7 @@ def fetch_command(
     archive = getattr(registry.make("dataset", part, path="data"), "archive", None)
     if not isinstance(archive, Archive):
         raise RecipeError(f"the data set {part.name!r} is not one that can be downloaded")
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(f"{archive.folder}: {archive.licence}\nIn full: {archive.licence_url}")
     if not accept_licence:
         raise RecipeError("nothing was downloaded: read the licence, and if you accept it, add --accept-licence")
@@ -107,8 +117,8 @@ def card_table(found: DataCard) -> Table:
 def _part(registry: Registry, name: str, overrides: Sequence[str]) -> tuple[Part, int]:
     """The data set that is meant, and the seed of its run: a data set's own name comes before a recipe's."""
     if name in {offer.name for offer in registry.offers("dataset")}:
-        values: dict[str, Any] = override_values({"data": {"name": name}}, overrides)
-        return build_part(values["data"], path="data"), int(values.get("seed", 0))
+        run: _DataOnly = build(_DataOnly, apply_overrides({"data": {"name": name}}, overrides, {}), path="")
+        return build_part(run.data, path="data"), run.seed
     recipe = load_recipe(name, overrides, registry)
     return recipe.data.part, recipe.seed
 

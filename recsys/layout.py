@@ -92,9 +92,7 @@ class Layout:
             for line, fields in rows:
                 wrong = _first_wrong(fields, columns, width, self.separator)
                 if wrong:
-                    return DataError(
-                        f"{path}, line {line}, {wrong}; correct or remove the line, or fetch the file again"
-                    )
+                    return DataError(f"{path}, line {line}, {wrong}; {remedy}")
         return DataError(f"{path} cannot be read: {cause}")
 
     def places(self, path: Path, names: Sequence[str]) -> list[tuple[int, Column]]:

@@ -103,7 +103,7 @@ class InteractionsFile:
 
     def _read(self, path: Path, columns: tuple[Column, ...]) -> pd.DataFrame:
         if not path.is_file():
-            raise DataError(f"there is no file {path}; expected a CSV or Parquet file, from the folder {Path.cwd()}")
+            raise DataError(f"there is no file {path}; expected a CSV or Parquet file, from {Path.cwd()}")
         # One column may serve twice; the first to name it says what it must hold.
         once = tuple({column.name: column for column in reversed(columns)}.values())
         return read_parquet(path, once) if is_parquet(path) else read_table(path, self._layout(*once))

@@ -12,6 +12,7 @@ from fedtower.plugins.datasets.movielens.dataset import MovieLens
 from fedtower.plugins.datasets.movielens.editions import EDITIONS
 from fedtower.recsys.event_table import EventTable
 from fedtower.recsys.splits import TEST, TRAIN, make_split
+from fedtower.recsys.testing.dataset import DatasetPromises
 
 
 def load(dataset: MovieLens) -> EventTable:
@@ -308,3 +309,9 @@ def test_1m_is_whole_and_its_ncf_split_exact(shared_data: Path) -> None:
     rank = (popular[given.negatives] >= popular[given.items][:, None]).sum(axis=1)
     assert round(float((rank < 10).mean()), 3) == 0.452
     assert round(float(np.where(rank < 10, 1 / np.log2(rank + 2), 0).mean()), 3) == 0.253
+
+
+class TestPromises(DatasetPromises):
+    @pytest.fixture(autouse=True)
+    def _example(self, tmp_path: Path) -> None:
+        type(self).make = staticmethod(lambda: ncf(tmp_path))
