@@ -68,7 +68,10 @@ class EvaluationSettings:
     )
     negatives: int = field(default=99, metadata={"help": "items that each held-out item is ranked among"})
     k: tuple[int, ...] = field(default=(10,), metadata={"help": "lengths of the lists"})
-    every: int = field(default=20, metadata={"help": "rounds between evaluations on the validation items; 0: none. Standalone: as many in all"})
+    every: int = field(
+        default=20,
+        metadata={"help": "rounds between looks at the validation items; 0: none. Standalone: as many in all"},
+    )
     batch_size: int = field(default=512, metadata={"help": "users scored at a time; it changes no figure"})
 
 

@@ -223,7 +223,8 @@ def _train(
 
 
 def _pace(recipe: Recipe, rounds: int) -> int:
-    """How many rounds, or in standalone mode how many epochs, are between two of what the recipe wants every ``rounds``.
+    """How many rounds, or in standalone mode how many epochs, are between two of what the recipe wants every
+    ``rounds``.
 
     Both modes have as many points of a learning curve, and as many checkpoints.
     """
