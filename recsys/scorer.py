@@ -81,8 +81,9 @@ class ModelScorer:
 
     def _vectors(self, clients: IntArray, cut: IntArray) -> Iterator[tuple[Tensor, int]]:
         """User vectors in tiles (_TILE, D), and how many of each are real."""
-        own_axis = dict.fromkeys(self.device_parameters, 0) | dict.fromkeys(self.parameters)
-        represent = vmap(pure(self.tower, "represent"), in_dims=(own_axis, 0, 0, 0))
+        # vmap pairs the entries of two dictionaries by their order, not by their keys: both begin with the shared ones.
+        axes = {**dict.fromkeys(self.parameters), **dict.fromkeys(self.device_parameters, 0)}
+        represent = vmap(pure(self.tower, "represent"), in_dims=(axes, 0, 0, 0))
         for start in range(0, len(clients), _TILE):
             count = min(_TILE, len(clients) - start)
             at = np.minimum(np.arange(start, start + _TILE), len(clients) - 1)

@@ -95,10 +95,7 @@ class Standalone:
         items, where = _common_rows(work)
         rows = self._model.tables.rows("item", items)
         slots = {name: rows[torch.from_numpy(places).to(device)] for name, places in where.items()}
-        inputs = {
-            name: torch.from_numpy(np.ascontiguousarray(values[:, 0])).to(device)
-            for name, values in work.inputs.items()
-        }
+        inputs = {name: torch.from_numpy(np.array(values[:, 0])).to(device) for name, values in work.inputs.items()}
         own = {
             name: torch.from_numpy(self._model.store.read(name, work.clients)).to(device).requires_grad_()
             for name in self._on_device
@@ -154,7 +151,7 @@ class Standalone:
 
     def restore(self, arrays: Arrays) -> None:
         """Continue from a snapshot."""
-        self._epoch = int(arrays["round"])
+        self._epoch = int(arrays["round"].item())
         self._model.tables.restore(grouped(arrays, "tables"))
         self._model.store.restore(grouped(arrays, "clients"))
         with torch.no_grad():

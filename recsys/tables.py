@@ -172,7 +172,7 @@ class CloudTables:
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Continue from a snapshot, bit for bit."""
-        self._generation = int(_take(arrays, "generation"))
+        self._generation = int(_take(arrays, "generation").item())
         for name, value in self._weights().items():
             _fill(value, arrays, f"table/{name}")
         for name, value in self._moments().items():

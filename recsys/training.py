@@ -193,7 +193,7 @@ class Federated:
         self._model.store.restore(grouped(arrays, "clients"))
         self._state = replace(
             self._state,
-            round=int(arrays["round"]),
+            round=int(arrays["round"].item()),
             parameters={
                 name: np.asarray(value, dtype=np.float32) for name, value in grouped(arrays, "parameters").items()
             },
