@@ -21,17 +21,17 @@ class NamedPart:
     several: bool = False
 
 
-def override_values(
+def apply_overrides(
     values: Mapping[str, Any], overrides: Iterable[str], sections: Mapping[str, NamedPart]
 ) -> dict[str, Any]:
     """``values`` with every ``"dotted.key=value"`` set; a value is TOML, or else a string.
 
     Naming another part drops the settings of the one it replaces, since they are not the new one's.
 
-    >>> override_values({"transforms": [{"name": "clip", "norm": 1.0}]}, ["transforms.0.norm=2"], {})
+    >>> apply_overrides({"transforms": [{"name": "clip", "norm": 1.0}]}, ["transforms.0.norm=2"], {})
     {'transforms': [{'name': 'clip', 'norm': 2}]}
     >>> sections = {"server": NamedPart("optimizer", common=("lr",))}
-    >>> override_values({"server": {"optimizer": "adam", "beta1": 0.9, "lr": 0.1}}, ["server.optimizer=sgd"], sections)
+    >>> apply_overrides({"server": {"optimizer": "adam", "beta1": 0.9, "lr": 0.1}}, ["server.optimizer=sgd"], sections)
     {'server': {'lr': 0.1, 'optimizer': 'sgd'}}
     """
     changed: dict[str, Any] = deepcopy(dict(values))

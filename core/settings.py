@@ -196,6 +196,15 @@ def type_name(hint: Any) -> str:
     return "any value" if hint is Any else str(getattr(hint, "__name__", hint))
 
 
+def settings_of(part: object) -> dict[str, Any]:
+    """The settings of a part that has been built, as what TOML can hold."""
+    if not dataclasses.is_dataclass(part):
+        return {}
+    given = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.init}
+    flat: dict[str, Any] = plain(given)
+    return flat
+
+
 def plain(value: Any) -> Any:
     """``value`` as what TOML can hold: dataclasses as tables, tuples as lists, paths as strings, no ``None``.
 

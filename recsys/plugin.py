@@ -8,7 +8,7 @@ from fedtower.core.registry import Kind, Registry
 KINDS = (
     Kind(
         "dataset",
-        seam="fedtower.recsys.history:Dataset",
+        seam="fedtower.recsys.population:Dataset",
         promises="fedtower.recsys.testing.dataset:DatasetPromises",
         template="fedtower.recsys:scaffold/dataset",
         summary="who touched what, and when",

@@ -39,7 +39,8 @@ class MeanUser(SharedTower):
     def represent(self, history: Tensor, target: Tensor, user: Tensor) -> Tensor:
         before = (torch.arange(history.shape[0])[None, :] < target[:, None]).to(history.dtype)
         mean = (before @ history) / before.sum(dim=1, keepdim=True).clamp(min=1.0)
-        return self.history(mean) + self.features(user)[None, :] + self.own[None, :]
+        vectors: Tensor = self.history(mean) + self.features(user)[None, :] + self.own[None, :]
+        return vectors
 
     def score(self, vectors: Tensor, rows: Tensor) -> Tensor:
         scores: Tensor = vectors @ rows.T
