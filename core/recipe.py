@@ -136,6 +136,11 @@ class Recipe:
         if not 0.0 < self.data.test_fraction < 1.0:
             raise RecipeError(f"data.test_fraction must be between 0 and 1, but is {self.data.test_fraction}")
 
+    @property
+    def planned(self) -> int:
+        """How many rounds the run is to have, or in standalone mode how many epochs."""
+        return self.standalone.epochs if self.mode == "standalone" else self.rounds
+
     def parts(self) -> list[tuple[str, str, Part]]:
         """Every part that the recipe names: where it stands, its kind, and the part."""
         return [

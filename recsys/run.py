@@ -228,9 +228,7 @@ def _pace(recipe: Recipe, rounds: int) -> int:
 
     Both modes have as many points of a learning curve, and as many checkpoints.
     """
-    if recipe.mode == "simulated" or not rounds:
-        return rounds
-    return max(1, recipe.standalone.epochs * rounds // recipe.rounds)
+    return max(1, recipe.planned * rounds // recipe.rounds) if rounds else 0
 
 
 def _is_due(round: int, every: int) -> bool:

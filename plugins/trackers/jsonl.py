@@ -30,7 +30,7 @@ class JSONLines:
         self._log = RunLog(folder)
         # A resumed run has its first line already.
         if not (self._log.path.exists() and self._log.record().started):
-            self._log.append("run_started", name=recipe.name, mode=recipe.mode, seed=recipe.seed, rounds=recipe.rounds)
+            self._log.append("run_started", name=recipe.name, mode=recipe.mode, seed=recipe.seed, rounds=recipe.planned)
 
     @hookimpl
     def run_resumed(self, round: int) -> None:
