@@ -30,6 +30,7 @@ Exit codes:
   6    the disk: read-only, full, or no permission
   7    a library is missing
   8    a client's update cannot be used
+  9    the model's scores are not numbers: the training diverged
   130  interrupted
 """
 
