@@ -158,9 +158,10 @@ def new_manager() -> pluggy.PluginManager:
     return manager
 
 
-def hooks_of(manager: pluggy.PluginManager, plugin: object) -> list[str]:
-    """The names of the functions of ``plugin`` that carry the marker, known or not."""
-    return [name for name in dir(plugin) if manager.parse_hookimpl_opts(plugin, name) is not None]
+def hooks_of(manager: pluggy.PluginManager, plugin: object) -> dict[str, str]:
+    """The hooks that ``plugin`` implements, known or not, each with the name of the function that does."""
+    marked = {name: manager.parse_hookimpl_opts(plugin, name) for name in dir(plugin)}
+    return {options.get("specname") or name: name for name, options in marked.items() if options is not None}
 
 
 def add_plugin(manager: pluggy.PluginManager, plugin: object, name: str) -> None:
@@ -175,21 +176,21 @@ def add_plugin(manager: pluggy.PluginManager, plugin: object, name: str) -> None
     except ValueError as error:  # the same plugin twice
         raise PluginError(f"the plugin {name!r} cannot be registered: {error}") from error
     except pluggy.PluginValidationError as error:
-        # pluggy keeps the hooks it saw before the bad one.
-        manager.unregister(plugin)
+        if manager.is_registered(plugin):  # some versions of pluggy keep the hooks they saw before the bad one
+            manager.unregister(plugin)
         raise PluginError(" ".join(str(error).split())) from error
 
 
 def _check_hooks(manager: pluggy.PluginManager, plugin: object, name: str) -> None:
     known = [hook for family in FAMILIES for hook in hook_names(family)]
     wraps = hook_names("wrap")
-    for hook in hooks_of(manager, plugin):
+    for hook, function in hooks_of(manager, plugin).items():
         if hook not in known:
             raise PluginError(
                 f"the plugin {name!r} implements {hook!r}, which is not a hook of fedtower{nearest(hook, known)}; "
                 f"the hooks are {', '.join(known)}"
             )
-        options = manager.parse_hookimpl_opts(plugin, hook)
+        options = manager.parse_hookimpl_opts(plugin, function)
         assert options is not None  # hooks_of lists those that have them
         if options.get("hookwrapper"):
             raise PluginError(f"the plugin {name!r}: {hook} is an old-style hookwrapper; use @hookimpl(wrapper=True)")

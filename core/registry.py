@@ -252,8 +252,9 @@ class Registry:
         kinds = dict(self._kinds)
         self._registering = source
         try:
-            if hook in hooks_of(self.manager, plugin):
-                getattr(plugin, hook)(self)
+            function = hooks_of(self.manager, plugin).get(hook)
+            if function is not None:
+                getattr(plugin, function)(self)
             self._admit(self._staged)
         except (Exception, SystemExit) as error:
             self.manager.unregister(plugin)

@@ -109,7 +109,8 @@ def build_part(values: Mapping[str, Any], *, path: str, key: str = "name") -> Pa
     """
     name = values.get(key)
     if not isinstance(name, str):
-        raise RecipeError(f'{path} needs {key} = "...", the name of a part, but has {_listed(values) or "nothing"}')
+        got = f", but it is {_shown(name)}" if key in values else ""
+        raise RecipeError(f'{path} needs {key} = "...", the name of a part{got}')
     return Part(name, {other: value for other, value in values.items() if other != key})
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedtower.core.errors import FedtowerError
-from fedtower.core.hooks import FAMILIES, hook_names
+from fedtower.core.hooks import FAMILIES, hook_names, hooks_of
 from fedtower.core.offers import Offer
 from fedtower.core.recipe import SECTION_OF, SECTIONS, recipe_text
 from fedtower.core.registry import PluginStatus, Registry
@@ -82,14 +82,16 @@ def print_hooks(registry: Registry, plugin: PluginStatus, console: Console | Non
     """The hooks of one plugin, by family."""
     console = console or Console()
     module = registry.module(plugin)
+    functions = hooks_of(registry.manager, module)
     console.print(Text(f"hooks of {plugin.name}", style="bold"), Text(f"- {_first_line(module)}"))
     facts = Table.grid(padding=(0, 2))
     facts.add_row(Text("from", style="dim"), Text(_package(plugin)))
-    facts.add_row(Text("source", style="dim"), Text(str(getattr(module, "__file__", "")), overflow="fold"))
+    facts.add_row(Text("module", style="dim"), Text(plugin.source.module, overflow="fold"))
     for family in FAMILIES:
         for hook in hook_names(family):
-            if hook in plugin.hooks:
-                facts.add_row(Text(family, style="dim"), Text(f"{hook}: {_first_line(getattr(module, hook))}"))
+            if hook in functions:
+                says = _first_line(getattr(module, functions[hook]))
+                facts.add_row(Text(family, style="dim"), Text(f"{hook}: {says}" if says else hook))
     console.print(facts)
     console.print()
 
