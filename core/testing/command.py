@@ -18,6 +18,7 @@ class CommandPromises(Promises):
         for command in _leaves(self.made()):
             result = CliRunner().invoke(command, ["--help"], prog_name="fedtower")
             assert result.exit_code == 0, result.output
+            assert "\\b" not in result.output, f"{command.name}: a raw docstring hides its \\b from click"
             assert len((command.help or "").split()) >= 3, f"{command.name} says nothing about itself"
             assert "fedtower " in (command.help or "") + (command.epilog or ""), f"{command.name} shows no example"
 

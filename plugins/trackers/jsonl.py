@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedtower.core.errors import FedtowerError
 from fedtower.core.hooks import hookimpl
-from fedtower.core.recipe import Recipe
 from fedtower.core.registry import Registry
-from fedtower.core.round import RoundReport
-from fedtower.recsys.evaluation import Evaluation
 from fedtower.recsys.runlog import RunLog
+
+if TYPE_CHECKING:  # for the signatures only: every command line imports this module, to find what it offers
+    from fedtower.core.recipe import Recipe
+    from fedtower.core.round import RoundReport
+    from fedtower.recsys.evaluation import Evaluation
 
 
 @dataclass(eq=False)
