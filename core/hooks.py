@@ -100,8 +100,10 @@ class Observing:
         """The run goes on from the checkpoint after this round."""
 
     @hookspec
-    def data_loaded(self, card: Mapping[str, Any]) -> None:
-        """The data set is there; ``card`` is its data card as plain values."""
+    def data_loaded(self, card: Mapping[str, Any], headline: tuple[str, ...]) -> None:
+        """The data set is there; ``card`` is its data card as plain values, ``headline`` the metrics to look at
+        first.
+        """
 
     @hookspec
     def round_started(self, round: int, cohort: Cohort) -> None:

@@ -23,13 +23,24 @@ class LocalSettings:
         default=None, metadata={"help": "passes over the client's examples a visit; or give steps"}
     )
     batch_size: int = field(default=32, metadata={"help": "examples a step"})
-    optimizer: Literal["sgd"] = field(default="sgd", metadata={"help": "the device's optimiser"})
+    optimizer: Literal["sgd", "momentum", "adam", "adagrad"] = field(
+        default="sgd", metadata={"help": "the device's optimiser of the towers; rows are stepped by plain descent"}
+    )
+    momentum: float = field(default=0.9, metadata={"help": "momentum: the share of the last step that is kept"})
+    beta1: float = field(default=0.9, metadata={"help": "adam: decay of the first moment"})
+    beta2: float = field(default=0.999, metadata={"help": "adam: decay of the second moment"})
+    eps: float = field(default=1e-8, metadata={"help": "adam, adagrad: added to the root"})
+    proximal: float = field(default=0.0, metadata={"help": "FedProx's mu: the pull back to where the visit started"})
+    frozen: tuple[str, ...] = field(default=(), metadata={"help": "parameters of the tower that are not trained"})
     lr: float = field(default=1.0, metadata={"help": "learning rate of the towers on the device"})
     row_lr: float | None = field(
         default=None, metadata={"help": "learning rate of the fetched rows on the device; none: lr"}
     )
-    loss: Literal["sampled_softmax", "bce", "in_batch_softmax"] = field(
-        default="sampled_softmax", metadata={"help": "the training loss; in_batch_softmax in standalone mode only"}
+    loss: Literal["sampled_softmax", "bce", "in_batch_softmax", "cross_entropy"] = field(
+        default="sampled_softmax",
+        metadata={
+            "help": "of histories: sampled_softmax, bce, in_batch_softmax (standalone); of labels: bce, cross_entropy"
+        },
     )
     negatives: int = field(default=200, metadata={"help": "items drawn uniformly a step that the user did not choose"})
     history_length: int = field(default=100, metadata={"help": "at most this many events before a target"})
@@ -77,6 +88,7 @@ class StandaloneSettings:
 
     epochs: int = field(default=25, metadata={"help": "passes over all users"})
     users_per_batch: int = field(default=64, metadata={"help": "users a step, each with local.batch_size targets"})
+    batch_size: int = field(default=2048, metadata={"help": "labelled examples a step"})
     lr: float = field(default=0.002, metadata={"help": "learning rate (Adam) of the towers"})
     row_lr: float = field(default=0.1, metadata={"help": "learning rate of the tables (optimiser: rows.optimizer)"})
     decay: Literal["none", "linear"] = field(

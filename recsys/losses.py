@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
+
+from fedtower.core.errors import RecipeError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -61,5 +63,51 @@ def in_batch_softmax(scores: Tensor, items: Tensor) -> Tensor:
     return torch.logsumexp(scores.masked_fill(others, float("-inf")), dim=1) - scores.diagonal()
 
 
-LOSSES: dict[str, Loss] = {"sampled_softmax": sampled_softmax, "bce": bce}
+def logistic(logits: Tensor, labels: Tensor) -> Tensor:
+    r"""Binary cross entropy of labels that are 0 or 1.
+
+    .. math:: \log(1 + e^{z_b}) - y_b z_b
+
+    Shape:
+        logits ``(B,)``, labels ``(B,)`` -> ``(B,)``
+
+    >>> logistic(torch.tensor([0.0]), torch.tensor([1.0]))
+    tensor([0.6931])
+    """
+    return softplus(logits) - labels.to(logits.dtype) * logits
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    r"""Cross entropy of a label that is one of K classes.
+
+    .. math:: \log \sum_k e^{z_{bk}} - z_{b y_b}
+
+    Shape:
+        logits ``(B, K)``, labels ``(B,)``, 0 .. K-1 -> ``(B,)``
+
+    >>> cross_entropy(torch.zeros(1, 10), torch.tensor([3]))
+    tensor([2.3026])
+    """
+    # The label's logit is picked by a mask: a gather's gradient is a scatter, which device engines get wrong.
+    own = labels[:, None] == torch.arange(logits.shape[1], device=logits.device)[None, :]
+    return torch.logsumexp(logits, dim=1) - torch.where(own, logits, 0.0).sum(dim=1)
+
+
+RANKING: dict[str, Loss] = {"sampled_softmax": sampled_softmax, "bce": bce}
 """The losses over sampled negatives, by their name in a recipe."""
+
+LABELLING: dict[str, Loss] = {"bce": logistic, "cross_entropy": cross_entropy}
+"""The losses of labelled examples, by their name in a recipe."""
+
+
+def loss_of(losses: Mapping[str, Loss], name: str) -> Loss:
+    """The loss of that name. Raises RecipeError, with the reason where there is one to give."""
+    if name in losses:
+        return losses[name]
+    if name == "in_batch_softmax" and losses is RANKING:
+        raise RecipeError(
+            f"local.loss = {name!r} cannot be trained on clients that are single users: the other items of a user's "
+            f"batch are items that the same user chose, so its in-batch negatives would be its own positives. Use "
+            f"local.loss = 'sampled_softmax' (or 'bce'), or mode = 'standalone', where a batch holds many users"
+        )
+    raise RecipeError(f"local.loss = {name!r} is not for this model and data; there are {', '.join(losses)}")

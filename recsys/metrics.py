@@ -229,6 +229,31 @@ def logloss(labels: NDArray[Any], logits: NDArray[Any]) -> float:
     return float(np.mean(np.logaddexp(0.0, logits) - np.asarray(labels) * logits))
 
 
+def of_clicks(logits: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
+    """The figures of a label that is 0 or 1: AUC and logloss."""
+    return {"AUC": auc(labels, logits), "logloss": logloss(labels, logits)}
+
+
+def of_classes(logits: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
+    r"""The figures of a label that is one of K classes: accuracy, and the mean negative log likelihood in nats.
+
+    A tie counts against the label.
+
+    Shape:
+        logits ``(E, K)``, labels ``(E,)``
+
+    >>> of_classes(np.array([[2.0, 0.0], [0.0, 0.0]]), np.array([0, 1]))["accuracy"]
+    0.5
+    """
+    logits = np.asarray(logits, dtype=np.float64)
+    check_scores(logits.reshape(-1), logits.reshape(1, -1)[:, :0])
+    own = logits[np.arange(len(logits)), labels.astype(np.int64)]
+    outranked = np.count_nonzero(logits >= own[:, None], axis=1) > 1
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    loss = np.log(np.exp(shifted).sum(axis=1)) - (own - logits.max(axis=1))
+    return {"accuracy": float(np.mean(~outranked)), "logloss": float(np.mean(loss))}
+
+
 def coverage(top_lists: IntArray, num_items: int) -> float:
     r"""Coverage@K: the share of the catalogue that is in somebody's list of K.
 

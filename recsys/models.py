@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedtower.core.errors import FedtowerError
+from fedtower.core.errors import FedtowerError, RecipeError
+from fedtower.recsys.losses import LABELLING, RANKING, loss_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,46 @@ class Schema:
     num_user_features: int
     num_item_features: int
     history_length: int
+
+
+@dataclass(frozen=True)
+class ExampleSchema:
+    """What a model has to know of labelled examples: the shape of the dense part, the categories, the classes.
+
+    ``cardinalities`` are the numbers of values of each categorical field; rows of ``category`` are numbered through all
+    fields, one after another. ``num_classes`` is 0 for a label that is 0 or 1.
+    """
+
+    dense: tuple[int, ...]
+    cardinalities: tuple[int, ...] = ()
+    num_classes: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows all fields have together."""
+        return sum(self.cardinalities)
+
+
+def as_sequences(schema: Schema | ExampleSchema, model: str) -> Schema:
+    """The schema of a data set of histories. Raises RecipeError when the data holds labelled examples."""
+    if not isinstance(schema, Schema):
+        raise RecipeError(
+            f"the model {model!r} learns from histories of items, but the data set holds labelled examples; choose "
+            f"another "
+            f"model.name, or a data set such as synthetic or movielens"
+        )
+    return schema
+
+
+def as_examples(schema: Schema | ExampleSchema, model: str) -> ExampleSchema:
+    """The schema of a data set of labelled examples. Raises RecipeError when the data holds histories."""
+    if not isinstance(schema, ExampleSchema):
+        raise RecipeError(
+            f"the model {model!r} learns from labelled examples, but the data set holds histories of items; choose "
+            f"another "
+            f"model.name, such as dssm, or a data set such as criteo"
+        )
+    return schema
 
 
 @dataclass(frozen=True)
@@ -58,11 +99,38 @@ class CloudTower(nn.Module):
         raise NotImplementedError
 
 
-class SharedTower(nn.Module):
-    """What trains on the device: from a history of rows to user vectors, and from those to scores.
+class PlainRows(CloudTower):
+    """The rows of the tables side by side, as they are: no tower at all."""
 
-    One call is one step's batch: B targets in one stretch of T events. Everything that is drawn or learnt is in the
-    parameters; a tower has no buffers, no dropout, and does not know how it is run.
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, rows: Tensor, features: Tensor) -> Tensor:
+        """The rows, unchanged."""
+        return rows
+
+
+class SharedTower(nn.Module):
+    """What trains on the device. One call is one step's batch of B examples.
+
+    Everything that is drawn or learnt is in the parameters; a tower has no buffers, no dropout, and does not know how
+    it is run. Most towers are a :class:`SequenceTower` or an :class:`ExampleTower`.
+    """
+
+    def losses(self, slots: Mapping[str, Tensor], inputs: Mapping[str, Tensor], loss: str) -> Tensor:
+        """The training loss of each example, ``(B,)``, from the rows of its slots and its inputs.
+
+        Raises:
+            RecipeError: a loss that this kind of tower does not have.
+        """
+        raise NotImplementedError
+
+
+class SequenceTower(SharedTower):
+    """From a history of rows to user vectors, and from those to scores: B targets in one stretch of T events.
+
+    Slots are ``history`` (T, W) and ``negatives`` (N, W); inputs ``target`` (B,) and ``user`` (F,).
     """
 
     def represent(self, history: Tensor, target: Tensor, user: Tensor) -> Tensor:
@@ -81,18 +149,48 @@ class SharedTower(nn.Module):
         """
         raise NotImplementedError
 
+    def losses(self, slots: Mapping[str, Tensor], inputs: Mapping[str, Tensor], loss: str) -> Tensor:
+        """How badly each target ranks among the negatives, given what came before it."""
+        return loss_of(RANKING, loss)(*self.scores(slots, inputs))
+
+    def scores(self, slots: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The scores of the targets ``(B,)`` and of the negatives ``(B, N)``."""
+        history, target = slots["history"], inputs["target"]
+        vectors = self.represent(history, target, inputs["user"])
+        # All slots are scored and the target's is picked by a mask: one product, and no gather in the exported graph.
+        own = target[:, None] == torch.arange(history.shape[0], device=history.device)[None, :]
+        positive = torch.where(own, self.score(vectors, history), 0.0).sum(dim=1)
+        return positive, self.score(vectors, slots["negatives"])
+
+
+class ExampleTower(SharedTower):
+    """From the features of examples to logits: B rows of a table, or B images.
+
+    Slots are ``category`` (B, F, W), where the data has categories; inputs ``dense`` (B, ...) and ``label`` (B,).
+    """
+
+    def logits(self, slots: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+        """``(B,)`` for a label that is 0 or 1, ``(B, K)`` for one of K classes."""
+        raise NotImplementedError
+
+    def losses(self, slots: Mapping[str, Tensor], inputs: Mapping[str, Tensor], loss: str) -> Tensor:
+        """How far the logits are from the labels."""
+        return loss_of(LABELLING, loss)(self.logits(slots, inputs), inputs["label"])
+
 
 @dataclass(frozen=True)
 class Declared:
-    """A model's parts: tables and a tower in the cloud behind the rows of ``item``, a tower on the device.
+    """A model's parts: tables and a tower in the cloud behind the rows of ``source``, a tower on the device.
 
-    ``on_device`` names the parameters of ``shared`` that are each client's own and never leave it.
+    ``on_device`` names the parameters of ``shared`` that are each client's own and never leave it. A model without
+    tables has no rows.
     """
 
-    tables: tuple[Table, ...]
-    cloud: CloudTower
     shared: SharedTower
+    tables: tuple[Table, ...] = ()
+    cloud: CloudTower = field(default_factory=lambda: PlainRows(0))
     on_device: tuple[str, ...] = field(default=())
+    source: str = "item"
 
     def parameters(self) -> Mapping[str, NDArray[np.float32]]:
         """The shared parameters: what a plan carries."""
@@ -106,8 +204,10 @@ class Declared:
 class Model(Protocol):
     """The seam of a model plugin: a frozen dataclass of settings that declares its parts for a data set."""
 
-    def declare(self, schema: Schema, generator: torch.Generator) -> Declared:
-        """Tables and towers, initialised from ``generator`` alone."""
+    def declare(self, schema: Schema | ExampleSchema, generator: torch.Generator) -> Declared:
+        """Tables and towers, initialised from ``generator`` alone; :func:`as_sequences` and :func:`as_examples` say
+        what data the model is for.
+        """
         ...
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -18,14 +18,12 @@ from fedtower.core.errors import RecipeError
 from fedtower.core.hooks import Hooks
 from fedtower.core.recipe import Part, Recipe, check, load_recipe
 from fedtower.core.registry import Registry, discover
-from fedtower.recsys.evaluation import Evaluation, ItemPop, Role, Scorer, evaluate
-from fedtower.recsys.history import Dataset, make_split
+from fedtower.recsys.evaluation import Evaluation
 from fedtower.recsys.run_folder import RunFolder
 from fedtower.recsys.runlog import RunLog
 from fedtower.recsys.standalone import Standalone
+from fedtower.recsys.tasks import Histories, Ranking, make_task
 from fedtower.recsys.training import Federated, Setting, Training
-
-Protocol = Literal["sampled", "full"]
 
 RUNS = Path("runs")
 
@@ -94,7 +92,6 @@ def run(
     """
     registry = registry or discover(folder=Path.cwd())
     recipe = load_recipe(name_or_path, _as_overrides(overrides), registry)
-    refuse_what_cannot_run(recipe)
     hooks = _hooks(recipe, registry, observers)
     folder = RunFolder.create(recipe, registry, Path(runs))
     with folder.locked():
@@ -147,18 +144,26 @@ class Trained:
     setting: Setting
     training: Training
 
-    def evaluate(self, protocol: Protocol | None = None) -> Evaluation:
-        """Rank the test items, by the recipe's protocol or by the one given (``sampled`` or ``full``)."""
-        return _evaluate(self.setting, self.training.scorer("test"), "test", protocol)
+    def evaluate(self, protocol: Ranking | None = None) -> Evaluation:
+        """Measure on the test data, by the recipe's protocol or, of histories, by the one given (``sampled``,
+        ``full``).
+        """
+        return self.setting.task.judge(self.training.learned(), "test", protocol)
 
     def recommend(self, user: str, k: int = 10) -> list[Recommendation]:
         """The top ``k`` items for a user (a raw id), without those she has touched; fewer when there are not so
         many.
+
+        Raises:
+            RecipeError: the run was on labelled examples, which have no items to recommend.
         """
-        population = self.setting.population
+        task = self.setting.task
+        if not isinstance(task, Histories):
+            raise RecipeError(f"the data {task.card.name!r} holds labelled examples: there are no items to recommend")
+        population = task.population
         client = np.array([population.client_index(user)])
         events = population.events(client)
-        scores = self.training.scorer("now").score_all(client, events.lengths)[0]
+        scores = task.scorer(self.training.learned(), "now").score_all(client, events.lengths)[0]
         scores[events.items] = -np.inf
         best = np.argsort(-scores, kind="stable")[:k]
         return [
@@ -166,18 +171,6 @@ class Trained:
             for item in best
             if np.isfinite(scores[item])
         ]
-
-
-def refuse_what_cannot_run(recipe: Recipe) -> None:
-    """Raise RecipeError for settings that do not go together, before anything is loaded."""
-    if recipe.mode == "simulated" and recipe.local.loss == "in_batch_softmax":
-        raise RecipeError(
-            "local.loss = 'in_batch_softmax' cannot be trained on clients that are single users: the other items of a "
-            "user's "
-            "batch are items that the same user chose, so its in-batch negatives would be its own positives. Use "
-            "local.loss = "
-            "'sampled_softmax' (or 'bce'), or mode = 'standalone', where a batch holds many users"
-        )
 
 
 def _train(
@@ -190,8 +183,8 @@ def _train(
 ) -> None:
     """Load, build, train to the end, judge; on the way, evaluate and save as often as the recipe says."""
     setting = _setting(recipe, registry, hooks, progress)
-    if start is None:
-        hooks.observe("data_loaded", card=setting.population.card.to_dict())
+    task = setting.task
+    hooks.observe("data_loaded", card=task.card.to_dict(), headline=task.headline)
     training = _training(setting)
     judge_every, save_every = _pace(recipe, recipe.evaluation.every), _pace(recipe, recipe.checkpoint.every)
     last = saved = 0
@@ -202,14 +195,15 @@ def _train(
     try:
         for report in training.rounds():
             last = report.round
-            if _is_due(last, judge_every) and setting.split.validation:
-                evaluation = _evaluate(setting, training.scorer("validation"), "validation")
+            if _is_due(last, judge_every) and task.has_validation:
+                evaluation = task.judge(training.learned(), "validation")
                 hooks.observe("evaluated", round=last, subject="model", evaluation=evaluation)
             if _is_due(last, save_every):
                 saved = _save(training, folder, last, recipe, hooks)
         if saved != last:
             _save(training, folder, last, recipe, hooks)
-        _judge(setting, training, last)
+        for subject, evaluation in task.final(training.learned()):
+            hooks.observe("evaluated", round=last, subject=subject, evaluation=evaluation)
     except KeyboardInterrupt as stop:
         stop.add_note(
             f"`fedtower resume {folder.path}` goes on from round {saved}"
@@ -235,26 +229,6 @@ def _is_due(round: int, every: int) -> bool:
     return every > 0 and round % every == 0
 
 
-def _judge(setting: Setting, training: Training, last: int) -> None:
-    """The final figures on the test items, by the recipe's protocol and over the whole catalogue, beside item
-    popularity.
-    """
-    popularity = ItemPop.count(setting.population, setting.split)
-    scorer = training.scorer("test")
-    protocols: list[Protocol] = [setting.recipe.evaluation.protocol, "full"]
-    for protocol in dict.fromkeys(protocols):
-        for subject, judged in (("ItemPop", popularity), ("model", scorer)):
-            evaluation = _evaluate(setting, judged, "test", protocol)
-            setting.hooks.observe("evaluated", round=last, subject=subject, evaluation=evaluation)
-
-
-def _evaluate(setting: Setting, scorer: Scorer, role: Role, protocol: Protocol | None = None) -> Evaluation:
-    settings = setting.recipe.evaluation
-    if protocol is not None:
-        settings = replace(settings, protocol=protocol)
-    return evaluate(scorer, setting.population, setting.split, role, settings, setting.draws)
-
-
 def _save(training: Training, folder: RunFolder, round: int, recipe: Recipe, hooks: Hooks) -> int:
     path = write_checkpoint(folder.checkpoints, round, training.snapshot(), recipe.checkpoint.keep)
     hooks.observe("checkpoint_written", round=round, path=path)
@@ -263,16 +237,8 @@ def _save(training: Training, folder: RunFolder, round: int, recipe: Recipe, hoo
 
 def _setting(recipe: Recipe, registry: Registry, hooks: Hooks, progress: Callable[[str], None]) -> Setting:
     draws = Draws(recipe.seed)
-    dataset: Dataset = registry.make("dataset", recipe.data.part, path="data")
-    population = dataset.load(draws=draws, progress=progress)
-    split = make_split(
-        recipe.data.split,
-        population,
-        validation=recipe.data.validation,
-        test_fraction=recipe.data.test_fraction,
-        draws=draws,
-    )
-    return Setting(recipe, registry, population, split, hooks, draws, time.monotonic)
+    data = registry.make("dataset", recipe.data.part, path="data").load(draws=draws, progress=progress)
+    return Setting(recipe, registry, make_task(data, recipe, draws), hooks, draws, time.monotonic)
 
 
 def _training(setting: Setting) -> Training:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import vmap
 
-from fedtower.core.rows import RowStore
-from fedtower.core.store import ClientStore
 from fedtower.recsys.history import TEST, VALIDATION, Population, Split, histories
-from fedtower.recsys.models import SharedTower
+from fedtower.recsys.learned import Learned
 from fedtower.recsys.step import pure
 
 IntArray = NDArray[np.int64]
@@ -36,11 +34,7 @@ class ModelScorer:
     the past by then), or everything (``now``: recommending).
     """
 
-    tower: SharedTower
-    parameters: Mapping[str, FloatArray]
-    device_parameters: tuple[str, ...]
-    store: ClientStore
-    rows: RowStore
+    learned: Learned
     population: Population
     split: Split
     history_length: int
@@ -49,7 +43,7 @@ class ModelScorer:
     @cached_property
     def _catalogue(self) -> Tensor:
         """All item rows, (I, W)."""
-        return torch.from_numpy(self.rows.fetch("item", np.arange(self.population.num_items, dtype=np.int64)))
+        return self.learned.fetch(np.arange(self.population.num_items, dtype=np.int64))
 
     def vectors(self, clients: IntArray, cut: IntArray) -> FloatArray:
         """The user vector of each case, (M, D), from the events before its cut."""
@@ -58,23 +52,23 @@ class ModelScorer:
     def score(self, clients: IntArray, cut: IntArray, candidates: IntArray) -> FloatArray:
         """Scores (M, N) of the candidates (M, N), where -1 is padding and scores minus infinity."""
         out = np.empty(candidates.shape, dtype=np.float32)
-        rate = vmap(pure(self.tower, "score"), in_dims=(None, 0, 0))
+        rate = vmap(pure(self.learned.declared.shared, "score"), in_dims=(None, 0, 0))
         start = 0
         for vectors, count in self._vectors(clients, cut):
             wanted = np.zeros((_TILE, candidates.shape[1]), dtype=np.int64)
             wanted[:count] = np.maximum(candidates[start : start + count], 0)
             with torch.no_grad():
-                scores = rate(self._tensors(), vectors[:, None], self._catalogue[torch.from_numpy(wanted)])
+                scores = rate(self.learned.shared(), vectors[:, None], self._catalogue[torch.from_numpy(wanted)])
             out[start : start + count] = scores[:count, 0].numpy()
             start += count
         return np.where(candidates < 0, np.float32(-np.inf), out)
 
     def score_all(self, clients: IntArray, cut: IntArray) -> FloatArray:
         """Scores (M, I) of the whole catalogue."""
-        rate = pure(self.tower, "score")
+        rate = pure(self.learned.declared.shared, "score")
         with torch.no_grad():
             tiles = [
-                rate(self._tensors(), vectors, self._catalogue)[:count].numpy()
+                rate(self.learned.shared(), vectors, self._catalogue)[:count].numpy()
                 for vectors, count in self._vectors(clients, cut)
             ]
         return np.concatenate(tiles) if tiles else np.zeros((0, self.population.num_items), dtype=np.float32)
@@ -82,17 +76,16 @@ class ModelScorer:
     def _vectors(self, clients: IntArray, cut: IntArray) -> Iterator[tuple[Tensor, int]]:
         """User vectors in tiles (_TILE, D), and how many of each are real."""
         # vmap pairs the entries of two dictionaries by their order, not by their keys: both begin with the shared ones.
-        axes = {**dict.fromkeys(self.parameters), **dict.fromkeys(self.device_parameters, 0)}
-        represent = vmap(pure(self.tower, "represent"), in_dims=(axes, 0, 0, 0))
+        axes = {**dict.fromkeys(self.learned.parameters), **dict.fromkeys(self.learned.declared.on_device, 0)}
+        represent = vmap(pure(self.learned.declared.shared, "represent"), in_dims=(axes, 0, 0, 0))
         for start in range(0, len(clients), _TILE):
             count = min(_TILE, len(clients) - start)
             at = np.minimum(np.arange(start, start + _TILE), len(clients) - 1)
             items, length, user = self._history(clients[at], cut[at])
-            own = {name: torch.from_numpy(self.store.read(name, clients[at])) for name in self.device_parameters}
             with torch.no_grad():
                 yield (
                     represent(
-                        {**self._tensors(), **own},
+                        {**self.learned.shared(), **self.learned.own(clients[at])},
                         self._catalogue[torch.from_numpy(items)],
                         torch.from_numpy(length)[:, None],
                         user,
@@ -111,6 +104,3 @@ class ModelScorer:
         back = np.maximum(length[:, None] - 1 - np.arange(self.history_length), 0)
         items = np.take_along_axis(seen.items, back, axis=1)
         return items, length.astype(np.int64), torch.from_numpy(self.population.user_features(distinct)[owners])
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {name: torch.from_numpy(value) for name, value in self.parameters.items()}

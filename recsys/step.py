@@ -3,81 +3,94 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad_and_value
 
-from fedtower.core.errors import RecipeError
+from fedtower.core.errors import RecipeError, nearest
 from fedtower.core.plan import LocalSettings
-from fedtower.recsys.losses import LOSSES
+from fedtower.recsys.local_optimizers import LocalOptimizer, make_optimizer
 from fedtower.recsys.models import SharedTower
 
 Tensors = Mapping[str, Tensor]
-Step = Callable[[Tensors, Tensors, Tensors, float], tuple[dict[str, Tensor], dict[str, Tensor], Tensor]]
-Scores = Callable[[Tensors, Tensors, Tensors], tuple[Tensor, Tensor]]
+Loss = Callable[[Tensors, Tensors, Tensors], Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """``step(parameters, state, slots, inputs, lr) -> (parameters', state', gradients of the slots, loss)``, pure.
+
+    Rows enter per slot and their gradients leave per slot; who holds the rows sums duplicates and steps them
+    (:func:`fedtower.core.rows.step_rows`). The optimiser's state starts anew with every visit. With ``proximal`` the
+    loss has FedProx's term, the squared distance from where the visit started (Li et al., 2020,
+    https://arxiv.org/abs/1812.06127, equation 2); where that was is kept in the state.
+    """
+
+    loss: Loss
+    optimizer: LocalOptimizer
+    proximal: float = 0.0
+    frozen: frozenset[str] = frozenset()
+
+    def init(self, parameters: Tensors) -> dict[str, Tensor]:
+        """The state before the first step of a visit."""
+        trained = self._trained(parameters)
+        state = self.optimizer.init(trained)
+        if self.proximal:
+            state |= {f"start/{name}": value for name, value in trained.items()}
+        return state
+
+    def __call__(
+        self, parameters: Tensors, state: Tensors, slots: Tensors, inputs: Tensors, lr: float | Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Tensor]:
+        """One step; nothing that was handed in is changed."""
+        trained = self._trained(parameters)
+        frozen = {name: value for name, value in parameters.items() if name in self.frozen}
+
+        def loss(trained: Tensors, slots: Tensors) -> Tensor:
+            return self.loss({**frozen, **trained}, slots, inputs)
+
+        (gradients, slot_gradients), value = grad_and_value(loss, argnums=(0, 1))(trained, slots)
+        start = {name: place for name, place in state.items() if name.startswith("start/")}
+        if self.proximal:
+            gradients = {
+                name: gradient + self.proximal * (trained[name] - start[f"start/{name}"])
+                for name, gradient in gradients.items()
+            }
+        moved, state = self.optimizer.update(trained, gradients, state, lr)
+        after = {name: moved.get(name, value) for name, value in parameters.items()}
+        return after, {**state, **start}, slot_gradients, value
+
+    def _trained(self, parameters: Tensors) -> dict[str, Tensor]:
+        return {name: value for name, value in parameters.items() if name not in self.frozen}
 
 
 def make_step(tower: SharedTower, local: LocalSettings) -> Step:
-    """``step(parameters, slots, inputs, lr) -> (parameters', gradients of the slots, loss)``, stochastic gradient
-    descent.
-
-    Rows enter per slot and their gradients leave per slot; who holds the rows sums duplicates and steps them
-    (:func:`fedtower.core.rows.step_rows`).
+    """The step of a tower by a recipe's ``[local]``.
 
     Raises:
-        RecipeError: a loss that a single client cannot compute.
+        RecipeError: a loss that the tower does not have, or a frozen parameter that it does not have.
     """
-    differentiate = grad_and_value(make_loss(tower, local.loss), argnums=(0, 1))
+    names = [name for name, _ in tower.named_parameters()]
+    for name in local.frozen:
+        if name not in names:
+            raise RecipeError(
+                f"local.frozen names {name!r}, which the model does not have{nearest(name, names)}; "
+                f"it has {', '.join(names)}"
+            )
+    return Step(make_loss(tower, local.loss), make_optimizer(local), local.proximal, frozenset(local.frozen))
 
-    def step(
-        parameters: Tensors, slots: Tensors, inputs: Tensors, lr: float
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-        (gradients, slot_gradients), loss = differentiate(parameters, slots, inputs)
-        return {name: value - lr * gradients[name] for name, value in parameters.items()}, slot_gradients, loss
 
-    return step
-
-
-def make_loss(tower: SharedTower, name: str) -> Callable[[Tensors, Tensors, Tensors], Tensor]:
-    """``loss(parameters, slots, inputs) -> ()``: the mean over the examples, by weight; 0 for a batch of padding.
-
-    Shape:
-        slots: history ``(T, W)``, negatives ``(N, W)``; inputs: target and weight ``(B,)``, user ``(F,)``
-    """
-    if name not in LOSSES:
-        raise RecipeError(
-            f"local.loss = {name!r} cannot be trained on clients that are single users: the other items of a user's "
-            f"batch "
-            f"are items that the same user chose, so its in-batch negatives would be its own positives. Use "
-            f"local.loss = "
-            f"'sampled_softmax' (or 'bce'), or mode = 'standalone', where a batch holds many users"
-        )
-    of_examples, scores = LOSSES[name], make_scores(tower)
+def make_loss(tower: SharedTower, name: str) -> Loss:
+    """``loss(parameters, slots, inputs) -> ()``: the mean over the examples, by weight; 0 for a batch of padding."""
+    losses = pure(tower, "losses")
 
     def loss(parameters: Tensors, slots: Tensors, inputs: Tensors) -> Tensor:
-        positive, negative = scores(parameters, slots, inputs)
         weight = inputs["weight"]
-        return (of_examples(positive, negative) * weight).sum() / weight.sum().clamp(min=1.0)
+        return (losses(parameters, slots, inputs, name) * weight).sum() / weight.sum().clamp(min=1.0)
 
     return loss
-
-
-def make_scores(tower: SharedTower) -> Scores:
-    """``scores(parameters, slots, inputs) -> (positive (B,), negative (B, N))``, each target scored by what came
-    before it.
-    """
-    represent, score = pure(tower, "represent"), pure(tower, "score")
-
-    def scores(parameters: Tensors, slots: Tensors, inputs: Tensors) -> tuple[Tensor, Tensor]:
-        history, target = slots["history"], inputs["target"]
-        vectors = represent(parameters, history, target, inputs["user"])
-        # All slots are scored and the target's is picked by a mask: one product, and no gather in the exported graph.
-        own = target[:, None] == torch.arange(history.shape[0], device=history.device)[None, :]
-        positive = torch.where(own, score(parameters, vectors, history), 0.0).sum(dim=1)
-        return positive, score(parameters, vectors, slots["negatives"])
-
-    return scores
 
 
 def pure(tower: SharedTower, method: str) -> Callable[..., Tensor]:
@@ -86,7 +99,7 @@ def pure(tower: SharedTower, method: str) -> Callable[..., Tensor]:
     """
     called = _Method(tower, method)
 
-    def call(parameters: Tensors, *arguments: Tensor) -> Tensor:
+    def call(parameters: Tensors, *arguments: object) -> Tensor:
         out: Tensor = functional_call(called, {f"tower.{name}": value for name, value in parameters.items()}, arguments)
         return out
 

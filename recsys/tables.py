@@ -17,7 +17,7 @@ from torch import Tensor
 from fedtower.core.checkpoint import grouped
 from fedtower.core.errors import CheckpointError, UpdateError
 from fedtower.core.plan import RowSettings
-from fedtower.recsys.models import CloudTower, Table
+from fedtower.recsys.models import Declared
 
 with warnings.catch_warnings():
     # torchrec and fbgemm raise deprecation warnings of their own at import, log through the root logger, and install a
@@ -44,7 +44,7 @@ class RowOutOfRange(UpdateError):
 
 
 class CloudTables:
-    """The :class:`~fedtower.core.rows.RowStore` of one source, ``item``: tables, the tower on them, and their
+    """The :class:`~fedtower.core.rows.RowStore` of one source of rows: tables, the tower on them, and their
     optimisers.
 
     The tables are stepped inside the backward pass (fused rowwise Adagrad or SGD, explicit epsilon), the tower by Adam.
@@ -52,8 +52,7 @@ class CloudTables:
 
     def __init__(
         self,
-        tables: tuple[Table, ...],
-        tower: CloudTower,
+        declared: Declared,
         features: Features,
         settings: RowSettings,
         generator: torch.Generator,
@@ -62,7 +61,10 @@ class CloudTables:
         row_lr: float | None = None,
         tower_lr: float | None = None,
     ) -> None:
+        tables = declared.tables
+        tower = declared.cloud
         self._tables = tables
+        self._source = declared.source
         self._features = features
         self._device = torch.device(device)
         self._num_rows = tables[0].num_rows
@@ -118,8 +120,8 @@ class CloudTables:
         Raises:
             RowOutOfRange: an id below 0 or beyond the table.
         """
-        if source != "item":
-            raise RowOutOfRange(f"there are no rows of {source!r} here; this model keeps rows of 'item'")
+        if source != self._source:
+            raise RowOutOfRange(f"there are no rows of {source!r} here; this model keeps rows of {self._source!r}")
         if len(ids) and (ids.min() < 0 or ids.max() >= self._num_rows):
             wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
             raise RowOutOfRange(f"row ids of {source!r} go from 0 to {self._num_rows - 1}, but {wrong} was asked for")

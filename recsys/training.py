@@ -20,11 +20,10 @@ from fedtower.core.registry import Registry
 from fedtower.core.round import Parts, RoundReport, make_plan, run_rounds
 from fedtower.core.server import Schedule, ServerState
 from fedtower.core.store import ClientStore
-from fedtower.recsys.batches import SequenceData
-from fedtower.recsys.history import Population, Split
-from fedtower.recsys.models import Declared, Schema
-from fedtower.recsys.scorer import ModelScorer
+from fedtower.recsys.learned import Learned
+from fedtower.recsys.models import Declared
 from fedtower.recsys.tables import CloudTables
+from fedtower.recsys.tasks import Task
 
 FloatArray = NDArray[np.float32]
 Arrays = Mapping[str, NDArray[Any]]
@@ -36,8 +35,7 @@ class Setting:
 
     recipe: Recipe
     registry: Registry
-    population: Population
-    split: Split
+    task: Task
     hooks: Hooks
     draws: Draws
     clock: Callable[[], float]
@@ -50,8 +48,8 @@ class Training(Protocol):
         """Train, one round (or epoch) an item, from where the training stands."""
         ...
 
-    def scorer(self, moment: str) -> ModelScorer:
-        """The model as it stands, for ``validation``, ``test`` or ``now``."""
+    def learned(self) -> Learned:
+        """The model as it stands."""
         ...
 
     def snapshot(self) -> Arrays:
@@ -68,23 +66,23 @@ class Assembled:
     """The model of a run: what it declares, its cloud part, and what its clients keep."""
 
     declared: Declared
-    tables: CloudTables
+    tables: CloudTables | None
     store: ClientStore
-    data: SequenceData
 
-    def scorer(self, setting: Setting, parameters: Mapping[str, FloatArray], moment: str) -> ModelScorer:
+    def learned(self, parameters: Mapping[str, FloatArray]) -> Learned:
         """The model with these shared parameters."""
-        return ModelScorer(
-            tower=self.declared.shared,
-            parameters=parameters,
-            device_parameters=self.declared.on_device,
-            store=self.store,
-            rows=self.tables,
-            population=setting.population,
-            split=setting.split,
-            history_length=setting.recipe.local.history_length,
-            moment=moment,
-        )
+        return Learned(self.declared, parameters, self.store, self.tables)
+
+    def snapshot(self) -> dict[str, NDArray[Any]]:
+        """The tables, and what the clients keep."""
+        tables = {} if self.tables is None else self.tables.snapshot()
+        return {**under("tables", tables), **under("clients", self.store.snapshot())}
+
+    def restore(self, arrays: Arrays) -> None:
+        """Continue from a snapshot."""
+        if self.tables is not None:
+            self.tables.restore(grouped(arrays, "tables"))
+        self.store.restore(grouped(arrays, "clients"))
 
 
 def assemble(setting: Setting, *, row_lr: float | None = None, tower_lr: float | None = None) -> Assembled:
@@ -93,7 +91,7 @@ def assemble(setting: Setting, *, row_lr: float | None = None, tower_lr: float |
     Raises:
         RecipeError: a device that torch does not have.
     """
-    recipe, population = setting.recipe, setting.population
+    recipe, task = setting.recipe, setting.task
     if recipe.device != "cpu" and not (recipe.device.startswith("cuda") and torch.cuda.is_available()):
         raise RecipeError(
             f'device = "{recipe.device}" is not there: torch {torch.__version__} sees {_devices()}. `fedtower doctor` '
@@ -101,27 +99,16 @@ def assemble(setting: Setting, *, row_lr: float | None = None, tower_lr: float |
         )
     torch.set_num_threads(recipe.threads)
     generator = torch.Generator().manual_seed(int(setting.draws.bits("initial parameters")) & 0x7FFFFFFFFFFFFFFF)
-    schema = Schema(
-        num_items=population.num_items,
-        num_user_features=population.num_user_features,
-        num_item_features=population.num_item_features,
-        history_length=recipe.local.history_length,
-    )
-    declared = setting.registry.make("model", recipe.model, path="model").declare(schema, generator)
-    tables = CloudTables(
-        declared.tables,
-        declared.cloud,
-        population.item_features,
-        recipe.rows,
-        generator,
-        device=recipe.device,
-        row_lr=row_lr,
-        tower_lr=tower_lr,
-    )
-    store = ClientStore(population.num_clients)
+    declared: Declared = setting.registry.make("model", recipe.model, path="model").declare(task.schema, generator)
+    tables = None
+    if declared.tables:
+        tables = CloudTables(
+            declared, task.features, recipe.rows, generator, device=recipe.device, row_lr=row_lr, tower_lr=tower_lr
+        )
+    store = ClientStore(task.num_clients)
     for name, value in declared.device_parameters().items():
         store.declare(name, value)
-    return Assembled(declared, tables, store, SequenceData(population, setting.split, setting.draws))
+    return Assembled(declared, tables, store)
 
 
 class Federated:
@@ -134,7 +121,7 @@ class Federated:
         transforms = [make("transform", part, path=f"transforms.{i}") for i, part in enumerate(recipe.transforms)]
         optimizer = make("server_optimizer", recipe.server.part, path="server")
         client = ClientSide(
-            data=self._model.data,
+            data=setting.task.client_data(),
             runtime=make("runtime", recipe.runtime, path="runtime").open(self._model.declared, recipe.local),
             rows=self._model.tables,
             transforms=transforms,
@@ -144,7 +131,7 @@ class Federated:
             device_state=self._model.declared.on_device,
         )
         self._parts = Parts(
-            population=setting.population.num_clients,
+            population=setting.task.num_clients,
             rounds=recipe.rounds,
             sampler=make("sampler", recipe.cohort, path="cohort"),
             transport=make("transport", recipe.transport, path="transport"),
@@ -171,26 +158,24 @@ class Federated:
             self._state = state
             yield report
 
-    def scorer(self, moment: str) -> ModelScorer:
+    def learned(self) -> Learned:
         """The model as it stands."""
-        return self._model.scorer(self._setting, self._state.parameters, moment)
+        return self._model.learned(self._state.parameters)
 
     def snapshot(self) -> Arrays:
         """The server's state, the tables of its generation, and what the clients keep."""
         state = self._state
         return {
             "round": np.asarray(state.round, dtype=np.int64),
-            **_under("parameters", state.parameters),
-            **_under("optimizer", state.optimizer),
-            **_under("aggregator", state.aggregator),
-            **_under("tables", self._model.tables.snapshot()),
-            **_under("clients", self._model.store.snapshot()),
+            **under("parameters", state.parameters),
+            **under("optimizer", state.optimizer),
+            **under("aggregator", state.aggregator),
+            **self._model.snapshot(),
         }
 
     def restore(self, arrays: Arrays) -> None:
         """Continue from a snapshot."""
-        self._model.tables.restore(grouped(arrays, "tables"))
-        self._model.store.restore(grouped(arrays, "clients"))
+        self._model.restore(arrays)
         self._state = replace(
             self._state,
             round=int(arrays["round"].item()),
@@ -199,11 +184,12 @@ class Federated:
             },
             optimizer=grouped(arrays, "optimizer"),
             aggregator=grouped(arrays, "aggregator"),
-            generation=self._model.tables.generation,
+            generation=0 if self._model.tables is None else self._model.tables.generation,
         )
 
 
-def _under(group: str, arrays: Arrays) -> dict[str, NDArray[Any]]:
+def under(group: str, arrays: Arrays) -> dict[str, NDArray[Any]]:
+    """The arrays with ``group/`` before their names; :func:`fedtower.core.checkpoint.grouped` takes it away again."""
     return {f"{group}/{name}": value for name, value in arrays.items()}
 
 

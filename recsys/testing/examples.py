@@ -10,7 +10,7 @@ from fedtower.core.draws import Draws
 from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.rows import localise
 from fedtower.core.runtime import Work
-from fedtower.recsys.models import CloudTower, Declared, Schema, SharedTower, Table, linear
+from fedtower.recsys.models import CloudTower, Declared, Schema, SequenceTower, Table, linear
 
 SCHEMA = Schema(num_items=40, num_user_features=3, num_item_features=5, history_length=6)
 BATCH, NEGATIVES, SLOTS = 4, 9, 10
@@ -27,7 +27,7 @@ class PlainItems(CloudTower):
         return rows
 
 
-class MeanUser(SharedTower):
+class MeanUser(SequenceTower):
     """A linear map of the mean of the history, plus the user's features and a vector of her own."""
 
     def __init__(self, width: int, num_features: int, generator: torch.Generator) -> None:

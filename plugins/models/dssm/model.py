@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from fedtower.core.errors import RecipeError
-from fedtower.recsys.models import CloudTower, Declared, Schema, SharedTower, Table, linear
+from fedtower.recsys.models import (
+    CloudTower,
+    Declared,
+    ExampleSchema,
+    Schema,
+    SequenceTower,
+    Table,
+    as_sequences,
+    linear,
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,8 @@ class DSSM:
         if any(window < 1 for window in self.windows):
             raise RecipeError(f"model.windows must be numbers of items from 1 on, not {list(self.windows)}")
 
-    def declare(self, schema: Schema, generator: torch.Generator) -> Declared:
+    def declare(self, schema: Schema | ExampleSchema, generator: torch.Generator) -> Declared:
+        schema = as_sequences(schema, "dssm")
         windows = (schema.history_length, *(window for window in self.windows if window < schema.history_length))
         return Declared(
             tables=(
@@ -87,7 +97,7 @@ class ItemTower(CloudTower):
         return torch.cat([vector, bias], dim=1)
 
 
-class UserTower(SharedTower):
+class UserTower(SequenceTower):
     """A user's vector from pools of her history: a small network on them, plus a weighted sum of them as they are."""
 
     def __init__(

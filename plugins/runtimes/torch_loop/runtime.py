@@ -17,6 +17,7 @@ from fedtower.recsys.models import Declared
 from fedtower.recsys.step import Step, Tensors, make_step
 
 FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,25 @@ class Loop:
                 name: torch.from_numpy(values[client]) for name, values in work.states.items()
             }
             mine = {source: slice(*needed.offsets[client : client + 2]) for source, needed in work.row_ids.items()}
+            state: Tensors = self.step.init(parameters)
             for at in range(int(work.steps[client])):
-                parameters, stepped, loss = self._step(plan, work, client, at, parameters, rows["item"][mine["item"]])
-                rows["item"][mine["item"]] = stepped
-                losses[client] += loss / work.steps[client]
+                inputs = {name: torch.from_numpy(np.array(values[client, at])) for name, values in work.inputs.items()}
+                places = {name: values[client, at] for name, values in work.slots.items()}
+                held = {name: rows[source][mine[source]] for source in rows for name in places}
+                slots = {name: torch.from_numpy(held[name][where]) for name, where in places.items()}
+                parameters, state, slopes, loss = self.step(parameters, state, slots, inputs, plan.local.lr)
+                losses[client] += float(loss) / work.steps[client]
+                for source in rows if plan.train_rows else ():
+                    rows[source][mine[source]] = _stepped(
+                        rows[source][mine[source]], places, slopes, plan.local.rows_lr
+                    )
             for name, value in parameters.items():
                 after[name][client] = value.numpy()
         return as_updates(plan, work, after, rows, losses), {name: after[name] for name in work.states}
 
-    def _step(
-        self, plan: Plan, work: Work, client: int, at: int, parameters: Tensors, rows: FloatArray
-    ) -> tuple[Tensors, FloatArray, float]:
-        """One client's parameters, rows and loss after its step ``at``."""
-        inputs = {name: torch.from_numpy(np.array(values[client, at])) for name, values in work.inputs.items()}
-        places = {name: values[client, at] for name, values in work.slots.items()}
-        slots = {name: torch.from_numpy(rows[where]) for name, where in places.items()}
-        parameters, gradients, loss = self.step(parameters, slots, inputs, plan.local.lr)
-        if plan.train_rows:
-            slopes = np.concatenate([gradients[name].numpy() for name in places])
-            rows = step_rows(rows, np.concatenate(list(places.values())), slopes, plan.local.rows_lr)
-        return parameters, rows, float(loss)
+
+def _stepped(rows: FloatArray, places: Mapping[str, IntArray], slopes: Tensors, lr: float) -> FloatArray:
+    """One client's rows after the gradients of all its slots."""
+    where = np.concatenate([each.reshape(-1) for each in places.values()])
+    flat = np.concatenate([slopes[name].numpy().reshape(-1, rows.shape[1]) for name in places])
+    return step_rows(rows, where, flat, lr)

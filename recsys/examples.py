@@ -1,0 +1,175 @@
+"""Examples: labelled rows that clients hold, and what training and evaluation ask of a data set of them.
+
+An example has a dense part (numbers, or an image), the rows of its categories, and a label. Categories of all fields
+are numbered through, field after field, so that one id names one row. Everything here needs only numpy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtower.core.draws import Draws
+from fedtower.core.errors import DataError
+from fedtower.core.plan import LocalSettings, Plan
+from fedtower.core.rows import localise
+from fedtower.core.runtime import Work
+from fedtower.recsys.population import DataCard, check_rows
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """The examples of C clients, one client's after another's.
+
+    Shape:
+        clients ``(C,)``, offsets ``(C+1,)``, dense ``(E, *shape)``, categories ``(E, F)`` row ids of ``category``,
+        labels ``(E,)``: 0 and 1, or a class.
+    """
+
+    clients: IntArray
+    offsets: IntArray
+    dense: FloatArray
+    categories: IntArray
+    labels: FloatArray
+
+    def __post_init__(self) -> None:
+        if not len(self.dense) == len(self.categories) == len(self.labels) == self.offsets[-1]:
+            raise DataError(
+                f"examples need as many dense parts, categories and labels as the offsets say, but there are "
+                f"{len(self.dense)}, {len(self.categories)} and {len(self.labels)} for {self.offsets[-1]}"
+            )
+
+    @property
+    def lengths(self) -> IntArray:
+        """How many examples each client has, ``(C,)``."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def owners(self) -> IntArray:
+        """The position 0 .. C-1 of every example's client, ``(E,)``."""
+        return np.repeat(np.arange(len(self.clients), dtype=np.int64), self.lengths)
+
+    def take(self, clients: IntArray) -> Examples:
+        """The examples of the clients at these positions."""
+        starts = self.offsets[clients]
+        offsets = np.concatenate([[0], np.cumsum(self.offsets[clients + 1] - starts)]).astype(np.int64)
+        at = np.arange(offsets[-1], dtype=np.int64) + np.repeat(starts - offsets[:-1], np.diff(offsets))
+        return Examples(self.clients[clients], offsets, self.dense[at], self.categories[at], self.labels[at])
+
+
+@runtime_checkable
+class ExampleSet(Protocol):
+    """All that training and evaluation ask of labelled examples: who holds which for training, and what is held out."""
+
+    @property
+    def num_clients(self) -> int: ...
+    @property
+    def dense_shape(self) -> tuple[int, ...]: ...
+    @property
+    def cardinalities(self) -> tuple[int, ...]: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def card(self) -> DataCard: ...
+
+    def examples(self, clients: IntArray) -> Examples:
+        """The training examples of these clients."""
+
+    def held_out(self, role: Literal["validation", "test"]) -> Examples:
+        """The held-out examples, as one client's; they belong to nobody who trains."""
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleTable:
+    """A set of examples in memory."""
+
+    card: DataCard
+    training: Examples
+    validation: Examples
+    test: Examples
+    cardinalities: tuple[int, ...] = ()
+    num_classes: int = 0
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients hold training examples."""
+        return len(self.training.clients)
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """The shape of one example's dense part."""
+        return tuple(self.training.dense.shape[1:])
+
+    def examples(self, clients: IntArray) -> Examples:
+        """The training examples of these clients."""
+        return self.training.take(check_rows(clients, self.num_clients, "client"))
+
+    def held_out(self, role: Literal["validation", "test"]) -> Examples:
+        """The held-out examples."""
+        return self.validation if role == "validation" else self.test
+
+
+class ExampleDataset(Protocol):
+    """The seam that a data set plugin of labelled examples fills."""
+
+    def load(self, *, draws: Draws, progress: Callable[[str], None]) -> ExampleSet:
+        """The examples; ``progress`` is told, in a few words, what takes long."""
+
+
+@dataclass(frozen=True)
+class ExampleData:
+    """The clients of an example set as shuffled batches.
+
+    ``work()`` gives the inputs ``dense`` (C, S, B, *shape), ``label`` and ``weight`` (C, S, B), 0 for padding, and,
+    where the data has categories, the slots ``category`` (C, S, B, F).
+    """
+
+    examples: ExampleSet
+    draws: Draws
+
+    def work(self, plan: Plan, clients: IntArray) -> Work:
+        """One visit of each client: every example once an epoch, in an order of its own."""
+        held = self.examples.examples(clients)
+        return batches_of(held, *self._places(held, plan.round, plan.local), bool(self.examples.cardinalities))
+
+    def _places(self, held: Examples, round: int, local: LocalSettings) -> tuple[IntArray, IntArray]:
+        """Which example is at each place, (C, S, B), -1 for padding, and how many steps each client has, (C,)."""
+        size = local.batch_size
+        batches = -(-held.lengths // size)
+        steps = batches * local.epochs if local.epochs else np.minimum(batches, local.steps or 1)
+        at = np.full((len(held.clients), max(int(steps.max(initial=0)), 1), size), -1, dtype=np.int64)
+        position = np.arange(len(held.owners), dtype=np.int64) - held.offsets[:-1][held.owners]
+        for epoch in range(local.epochs or 1):
+            key = self.draws.bits("examples", round, held.clients[held.owners], epoch, position)
+            order = np.lexsort((key, held.owners))
+            owner = held.owners[order]
+            step = epoch * batches[owner] + position // size
+            kept = step < steps[owner]
+            at[owner[kept], step[kept], (position % size)[kept]] = order[kept]
+        return at, steps
+
+
+def batches_of(held: Examples, at: IntArray, steps: IntArray, with_categories: bool) -> Work:
+    """The work of clients whose batches hold the examples ``at`` (C, S, B), -1 for padding."""
+    real = at >= 0
+    inputs = {
+        "dense": held.dense[np.maximum(at, 0)],
+        "label": held.labels[np.maximum(at, 0)],
+        "weight": real.astype(np.float32),
+    }
+    examples = real.sum(axis=(1, 2)).astype(np.int64)
+    if not with_categories:
+        return Work(held.clients, steps, examples, inputs)
+    # Padding repeats the client's first example, whose rows it needs anyway.
+    first = np.minimum(held.offsets[:-1], max(len(held.labels) - 1, 0))[:, None, None]
+    ids = held.categories[np.where(real, at, first)]
+    needed, where = localise(ids.reshape(len(ids), -1))
+    return Work(held.clients, steps, examples, inputs, {"category": where.reshape(ids.shape)}, {"category": needed})

@@ -1,0 +1,279 @@
+"""Task: what kind of data a run is on, and so how it is batched and judged. There are two: histories, and examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedtower.core.client import ClientData
+from fedtower.core.draws import Draws
+from fedtower.core.errors import RecipeError
+from fedtower.core.plan import Plan
+from fedtower.core.recipe import Recipe
+from fedtower.core.runtime import Work
+from fedtower.recsys import metrics
+from fedtower.recsys.batches import SequenceData
+from fedtower.recsys.evaluation import Evaluation, ItemPop, Role, evaluate
+from fedtower.recsys.examples import ExampleData, Examples, ExampleSet, batches_of
+from fedtower.recsys.learned import Learned
+from fedtower.recsys.models import ExampleSchema, Schema
+from fedtower.recsys.population import DataCard, Population
+from fedtower.recsys.scorer import ModelScorer
+from fedtower.recsys.splits import Split, make_split
+from fedtower.recsys.step import pure
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+Ranking = Literal["sampled", "full"]
+
+
+class Task(Protocol):
+    """Everything that depends on the kind of data."""
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients there are."""
+        ...
+
+    @property
+    def card(self) -> DataCard:
+        """The data card."""
+        ...
+
+    @property
+    def schema(self) -> Schema | ExampleSchema:
+        """What a model has to know of the data."""
+        ...
+
+    @property
+    def headline(self) -> tuple[str, ...]:
+        """The metrics that a reader looks at first."""
+        ...
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether something is held out to tune on."""
+        ...
+
+    def client_data(self) -> ClientData:
+        """The clients' data as work."""
+        ...
+
+    def features(self, ids: IntArray) -> FloatArray:
+        """The features of the rows of ``ids``, (n, F), for the cloud tower."""
+        ...
+
+    def central(self, epoch: int) -> Iterator[Work]:
+        """The steps of one epoch of standalone training: work of one step a client, all of them one batch."""
+        ...
+
+    def judge(self, learned: Learned, role: Role, ranking: Ranking | None = None) -> Evaluation:
+        """What the model reaches on the held-out data of a role, by the recipe's protocol or by the one given."""
+        ...
+
+    def final(self, learned: Learned) -> Iterator[tuple[str, Evaluation]]:
+        """The final figures on the test data, and a baseline's beside them."""
+        ...
+
+
+def make_task(data: Population | ExampleSet, recipe: Recipe, draws: Draws) -> Task:
+    """The task of a data set, told by what it has."""
+    return Labelled(data, recipe, draws) if isinstance(data, ExampleSet) else Histories(data, recipe, draws)
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Histories of items: the next one is to be found."""
+
+    population: Population
+    recipe: Recipe
+    draws: Draws
+
+    @cached_property
+    def split(self) -> Split:
+        """Which events are held out."""
+        data = self.recipe.data
+        return make_split(
+            data.split, self.population, validation=data.validation, test_fraction=data.test_fraction, draws=self.draws
+        )
+
+    @property
+    def num_clients(self) -> int:
+        """How many users there are."""
+        return self.population.num_clients
+
+    @property
+    def card(self) -> DataCard:
+        """The data card."""
+        return self.population.card
+
+    @property
+    def schema(self) -> Schema:
+        """Items and features."""
+        population = self.population
+        return Schema(
+            num_items=population.num_items,
+            num_user_features=population.num_user_features,
+            num_item_features=population.num_item_features,
+            history_length=self.recipe.local.history_length,
+        )
+
+    @property
+    def headline(self) -> tuple[str, ...]:
+        """The first list length's hit rate and gain."""
+        return tuple(f"{name}@{self.recipe.evaluation.k[0]}" for name in ("HR", "NDCG"))
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether the split holds validation items out."""
+        return self.split.validation
+
+    def client_data(self) -> SequenceData:
+        """Stretches of histories."""
+        return SequenceData(self.population, self.split, self.draws)
+
+    def features(self, ids: IntArray) -> FloatArray:
+        """The items' features."""
+        return self.population.item_features(ids)
+
+    def central(self, epoch: int) -> Iterator[Work]:
+        """Every user once, with one batch of targets each."""
+        local = replace(self.recipe.local, steps=1, epochs=None)
+        if local.loss == "in_batch_softmax":
+            local = replace(local, negatives=1)  # the batch's other items are its negatives
+        data, size = self.client_data(), self.recipe.standalone.users_per_batch
+        order = self.draws.permutation(self.num_clients, "epoch", epoch)
+        for start in range(0, len(order), size):
+            yield data.work(Plan(epoch, {}, local), np.sort(order[start : start + size]))
+
+    def scorer(self, learned: Learned, moment: str) -> ModelScorer:
+        """The model as evaluation and recommendation see it."""
+        return ModelScorer(learned, self.population, self.split, self.recipe.local.history_length, moment)
+
+    def judge(self, learned: Learned, role: Role, ranking: Ranking | None = None) -> Evaluation:
+        """Held-out items ranked among others."""
+        return self._evaluate(self.scorer(learned, role), role, ranking)
+
+    def final(self, learned: Learned) -> Iterator[tuple[str, Evaluation]]:
+        """By the recipe's protocol and over the whole catalogue, beside item popularity."""
+        rankings: list[Ranking] = [self.recipe.evaluation.protocol, "full"]
+        popularity, scorer = ItemPop.count(self.population, self.split), self.scorer(learned, "test")
+        for ranking in dict.fromkeys(rankings):
+            yield "ItemPop", self._evaluate(popularity, "test", ranking)
+            yield "model", self._evaluate(scorer, "test", ranking)
+
+    def _evaluate(self, scorer: ModelScorer | ItemPop, role: Role, ranking: Ranking | None) -> Evaluation:
+        settings = self.recipe.evaluation
+        if ranking is not None:
+            settings = replace(settings, protocol=ranking)
+        return evaluate(scorer, self.population, self.split, role, settings, self.draws)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled examples: the label is to be told."""
+
+    examples: ExampleSet
+    recipe: Recipe
+    draws: Draws
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients hold examples."""
+        return self.examples.num_clients
+
+    @property
+    def card(self) -> DataCard:
+        """The data card."""
+        return self.examples.card
+
+    @property
+    def schema(self) -> ExampleSchema:
+        """Shapes, cardinalities and classes."""
+        return ExampleSchema(self.examples.dense_shape, self.examples.cardinalities, self.examples.num_classes)
+
+    @property
+    def headline(self) -> tuple[str, ...]:
+        """Of classes the accuracy, of a label that is 0 or 1 the AUC, and the loss."""
+        return ("accuracy", "logloss") if self.examples.num_classes else ("AUC", "logloss")
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are examples to tune on."""
+        return len(self.examples.held_out("validation").labels) > 0
+
+    def client_data(self) -> ExampleData:
+        """Shuffled batches."""
+        return ExampleData(self.examples, self.draws)
+
+    def features(self, ids: IntArray) -> FloatArray:
+        """Categories have none."""
+        return np.zeros((len(ids), 0), dtype=np.float32)
+
+    def central(self, epoch: int) -> Iterator[Work]:
+        """Every example of every client once, in batches of ``standalone.batch_size``."""
+        everyone = np.arange(self.num_clients, dtype=np.int64)
+        held = self.examples.examples(everyone)
+        pooled = Examples(
+            np.zeros(1, dtype=np.int64), np.array([0, len(held.labels)]), held.dense, held.categories, held.labels
+        )
+        order = self.draws.permutation(len(held.labels), "epoch", epoch)
+        size = self.recipe.standalone.batch_size
+        for start in range(0, len(order), size):
+            at = order[start : start + size][None, None, :]
+            yield batches_of(pooled, at, np.ones(1, dtype=np.int64), bool(self.examples.cardinalities))
+
+    def judge(self, learned: Learned, role: Role, ranking: Ranking | None = None) -> Evaluation:
+        """Every held-out example's label told.
+
+        Raises:
+            RecipeError: another protocol was asked for: there is nothing to rank.
+        """
+        if ranking is not None:
+            raise RecipeError(
+                f"the protocol {ranking!r} ranks items, and this data holds labelled examples: leave --protocol out"
+            )
+        held = self.examples.held_out(role)
+        return self._figures(logits_of(learned, held, self.recipe.evaluation.batch_size), held.labels, role)
+
+    def final(self, learned: Learned) -> Iterator[tuple[str, Evaluation]]:
+        """The model, beside what always says the training data's mean."""
+        held, labels = self.examples.held_out("test"), self._training_labels()
+        if self.examples.num_classes:
+            share = np.bincount(labels.astype(np.int64), minlength=self.examples.num_classes) / len(labels)
+            constant = np.tile(np.log(np.maximum(share, 1e-12)), (len(held.labels), 1))
+        else:
+            rate = float(np.clip(labels.mean(), 1e-6, 1 - 1e-6))
+            constant = np.full(len(held.labels), np.log(rate / (1 - rate)))
+        yield "base rate", self._figures(constant, held.labels, "test")
+        yield "model", self.judge(learned, "test")
+
+    def _training_labels(self) -> FloatArray:
+        return self.examples.examples(np.arange(self.num_clients, dtype=np.int64)).labels
+
+    def _figures(self, logits: NDArray[np.floating], labels: FloatArray, role: Role) -> Evaluation:
+        figures = metrics.of_classes(logits, labels) if self.examples.num_classes else metrics.of_clicks(logits, labels)
+        return Evaluation(role, "held-out examples", figures, cases=len(labels), users=0)
+
+
+def logits_of(learned: Learned, held: Examples, batch_size: int) -> FloatArray:
+    """The model's logits of every example, (E,) or (E, K), the same whatever the batch size."""
+    logits = pure(learned.declared.shared, "logits")
+    parameters = learned.shared()
+    out = []
+    with torch.no_grad():
+        for start in range(0, len(held.labels), batch_size):
+            part = slice(start, start + batch_size)
+            slots = {}
+            if held.categories.shape[1]:
+                ids, inverse = np.unique(held.categories[part], return_inverse=True)
+                slots = {"category": learned.fetch(ids)[torch.from_numpy(inverse.reshape(held.categories[part].shape))]}
+            inputs = {"dense": torch.from_numpy(held.dense[part]), "label": torch.from_numpy(held.labels[part])}
+            out.append(logits(parameters, slots, inputs).numpy())
+    return np.concatenate(out)
