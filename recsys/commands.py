@@ -90,12 +90,12 @@ def resume(registry: Registry, folder: Path, start: int | None, verbose: bool) -
 @click.option(
     "--protocol",
     type=click.Choice(["sampled", "full"]),
-    help="Rank among negatives or all items; default: as in the recipe.",
+    help="Of histories: rank among negatives or all items; default: as in the recipe.",
 )
 @json_option
 @pass_registry
 def evaluate(registry: Registry, folder: Path, protocol: Literal["sampled", "full"] | None, as_json: bool) -> None:
-    """Measure a run's newest model on the test items again.
+    """Measure a run's newest model on the test data again.
 
     \b
     Example:
@@ -127,6 +127,8 @@ def evaluate(registry: Registry, folder: Path, protocol: Literal["sampled", "ful
 @pass_registry
 def recommend(registry: Registry, folder: Path, user: str, count: int, as_json: bool) -> None:
     """The top items for one user, by a run's newest model, without those she has touched.
+
+    A run on labelled examples has no items to recommend.
 
     \b
     Example:
@@ -192,23 +194,17 @@ def _finish(console: Console, folder: Path) -> None:
 
 def _figures(record: RunRecord) -> Table:
     """The model beside the baseline, a row for each protocol."""
-    table = Table(title="test items", title_justify="left")
+    table = Table(title="test data", title_justify="left")
     table.add_column("protocol")
     table.add_column("model")
-    names = (
-        [name for name in record.final()[0]["metrics"] if name.startswith(("HR@", "NDCG@"))] if record.final() else []
-    )
-    for name in [*names, "GAUC"]:
+    reached = record.final()[0]["metrics"] if record.final() else {}
+    names = [*record.first(reached), *(["GAUC"] if "GAUC" in reached else [])]
+    for name in names:
         table.add_column(name, justify="right")
     for event in record.final():
         for baseline in record.baselines:
             if baseline["label"] == event["label"]:
-                table.add_row(
-                    event["label"],
-                    baseline["name"],
-                    *(figure(baseline["metrics"].get(name)) for name in [*names, "GAUC"]),
-                )
-        table.add_row(
-            event["label"], "trained", *(figure(event["metrics"].get(name)) for name in [*names, "GAUC"]), style="bold"
-        )
+                figures = (figure(baseline["metrics"].get(name)) for name in names)
+                table.add_row(event["label"], baseline["name"], *figures)
+        table.add_row(event["label"], "trained", *(figure(event["metrics"].get(name)) for name in names), style="bold")
     return table

@@ -70,7 +70,6 @@ class Display:
     @hookimpl
     def run_started(self, recipe: Recipe, folder: Path) -> None:
         self._unit = "epoch" if recipe.mode == "standalone" else "round"
-        self._shown_metrics = tuple(f"{name}@{recipe.evaluation.k[0]}" for name in ("HR", "NDCG"))
         self._started = None
         if self.console.is_terminal and self._live is None:
             self._live = Live(console=self.console, refresh_per_second=8, transient=True, get_renderable=self._line)
@@ -81,7 +80,8 @@ class Display:
         self.say(f"going on after {self._unit} {round}")
 
     @hookimpl
-    def data_loaded(self, card: Mapping[str, Any]) -> None:
+    def data_loaded(self, card: Mapping[str, Any], headline: tuple[str, ...]) -> None:
+        self._shown_metrics = headline
         self.say(in_words(card))
 
     @hookimpl
@@ -97,7 +97,7 @@ class Display:
 
     @hookimpl
     def evaluated(self, subject: str, evaluation: Evaluation) -> None:
-        # The figures on the test items, and the baseline's, are shown together when the run has ended.
+        # The figures on the test data, and the baseline's, are shown together when the run has ended.
         if subject == "model" and evaluation.role == "validation":
             self._figures = evaluation.metrics
             self._print_pending(evaluation.metrics)
@@ -204,12 +204,15 @@ def in_words(card: Mapping[str, Any]) -> str:
 
     >>> print(in_words({"name": "small", "users": 4, "items": 50, "interactions": 60, "density": 0.3}))
     small: 4 users, 50 items, 60 interactions, density 30 %
+    >>> print(in_words({"name": "digits", "clients": 10, "training examples": 6_000}))
+    digits: 10 clients, 6,000 training examples
     """
-    counts = ", ".join(f"{in_count(card[name])} {name}" for name in ("users", "items", "interactions"))
+    counts = ", ".join(f"{in_count(value)} {name}" for name, value in card.items() if isinstance(value, int))
+    density = f", density {in_percent(card['density'])}" if "density" in card else ""
     first, last = (str(card.get(name) or "")[:10] for name in ("first_time", "last_time"))
     span = f", {first} to {last}" if first and last else ""
     remarks = "".join(f"\n  {name}: {remark}" for name, remark in card.get("extra", {}).items())
-    return f"{card['name']}: {counts}, density {in_percent(card['density'])}{span}{remarks}"
+    return f"{card['name']}: {counts}{density}{span}{remarks}"
 
 
 def _row(cells: list[tuple[str, str]]) -> Text:

@@ -6,10 +6,10 @@ are numbered through, field after field, so that one id names one row. Everythin
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from fedtower.core.errors import DataError
 from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.rows import localise
 from fedtower.core.runtime import Work
-from fedtower.recsys.population import DataCard, check_rows
+from fedtower.recsys.population import check_rows
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
@@ -65,6 +65,29 @@ class Examples:
         return Examples(self.clients[clients], offsets, self.dense[at], self.categories[at], self.labels[at])
 
 
+@dataclass(frozen=True)
+class ExampleCard:
+    """What a reader wants to know of labelled examples before their figures."""
+
+    name: str
+    clients: int
+    training: int
+    validation: int
+    test: int
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The card as plain values."""
+        return {
+            "name": self.name,
+            "clients": self.clients,
+            "training examples": self.training,
+            "validation examples": self.validation,
+            "test examples": self.test,
+            "extra": dict(self.extra),
+        }
+
+
 @runtime_checkable
 class ExampleSet(Protocol):
     """All that training and evaluation ask of labelled examples: who holds which for training, and what is held out."""
@@ -78,7 +101,9 @@ class ExampleSet(Protocol):
     @property
     def num_classes(self) -> int: ...
     @property
-    def card(self) -> DataCard: ...
+    def counted_over_everyone(self) -> bool: ...
+    @property
+    def card(self) -> ExampleCard: ...
 
     def examples(self, clients: IntArray) -> Examples:
         """The training examples of these clients."""
@@ -89,14 +114,19 @@ class ExampleSet(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class ExampleTable:
-    """A set of examples in memory."""
+    """A set of examples in memory.
 
-    card: DataCard
+    ``counted_over_everyone`` says that the categories' rows come from a vocabulary of all clients' values: to learn it
+    is to leak it, so only standalone training may.
+    """
+
+    card: ExampleCard
     training: Examples
     validation: Examples
     test: Examples
     cardinalities: tuple[int, ...] = ()
     num_classes: int = 0
+    counted_over_everyone: bool = False
 
     @property
     def num_clients(self) -> int:

@@ -9,7 +9,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Literal
@@ -17,14 +17,15 @@ from typing import IO, Literal
 from fedtower.core.errors import DataError, nearest
 
 _WHOLE = re.compile(r"[+-]?\d+(\.0*)?")
+_HEX = re.compile(r"[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column by name, and what its values must be; ``empty`` says that a text may be missing."""
+    """A column by name, and what its values must be; ``empty`` says that a value may be missing."""
 
     name: str
-    kind: Literal["integer", "number", "text", "time"] = "text"
+    kind: Literal["integer", "number", "text", "time", "hex"] = "text"
     low: float = -math.inf
     high: float = math.inf
     empty: bool = False
@@ -40,6 +41,10 @@ class Column:
             return "any text" if self.empty else "a text that is not empty"
         if self.kind == "time":
             return "a time of 1970 or later in ISO 8601, such as 2024-05-01T12:30:00"
+        if self.empty:
+            return f"{replace(self, empty=False).expected}, or nothing"
+        if self.kind == "hex":
+            return "8 hexadecimal digits"
         noun = "a whole number" if self.kind == "integer" else "a number"
         if math.isfinite(self.low) and math.isfinite(self.high):
             return f"{noun} from {self.low:.12g} to {self.high:.12g}"
@@ -48,10 +53,14 @@ class Column:
     def accepts(self, text: str) -> bool:
         """Whether this is such a value."""
         text = text.strip()
+        if not text:
+            return self.empty
         if self.kind == "text":
-            return self.empty or bool(text)
+            return True
         if self.kind == "time":
             return _is_time(text)
+        if self.kind == "hex":
+            return _HEX.fullmatch(text) is not None
         if self.kind == "integer" and not (_WHOLE.fullmatch(text) and abs(float(text)) < 2**63):
             return False
         try:

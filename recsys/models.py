@@ -4,8 +4,10 @@ once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import prod
 from typing import Protocol
 
 import numpy as np
@@ -44,6 +46,11 @@ class ExampleSchema:
         """How many rows all fields have together."""
         return sum(self.cardinalities)
 
+    @property
+    def num_dense(self) -> int:
+        """How many numbers an example's dense part has."""
+        return prod(self.dense)
+
 
 def as_sequences(schema: Schema | ExampleSchema, model: str) -> Schema:
     """The schema of a data set of histories. Raises RecipeError when the data holds labelled examples."""
@@ -65,6 +72,44 @@ def as_examples(schema: Schema | ExampleSchema, model: str) -> ExampleSchema:
             f"model.name, such as dssm, or a data set such as criteo"
         )
     return schema
+
+
+def as_clicks(schema: Schema | ExampleSchema, model: str) -> ExampleSchema:
+    """The schema of examples with categories and a label that is 0 or 1. Raises RecipeError for any other data."""
+    schema = as_examples(schema, model)
+    if not schema.cardinalities or schema.num_classes:
+        raise RecipeError(
+            f"the model {model!r} tells a label that is 0 or 1 from categories and numbers, but the data set has "
+            f"{len(schema.cardinalities)} categorical fields and {schema.num_classes or 'no'} classes; choose a "
+            f"model.name such as mlp, or a data set such as criteo"
+        )
+    return schema
+
+
+def as_dense(schema: Schema | ExampleSchema, model: str) -> ExampleSchema:
+    """The schema of examples without categories. Raises RecipeError for any other data."""
+    schema = as_examples(schema, model)
+    if schema.cardinalities:
+        raise RecipeError(
+            f"the model {model!r} has no rows for categories, but the data set has {len(schema.cardinalities)} "
+            f"categorical fields; choose a model.name such as wide_deep or dlrm"
+        )
+    return schema
+
+
+def as_images(schema: Schema | ExampleSchema, model: str, smallest: int) -> tuple[int, int, int]:
+    """Channels, height and width of classified images, at least ``smallest`` high and wide. Raises RecipeError for any
+    other data.
+    """
+    schema = as_dense(schema, model)
+    shape = schema.dense if len(schema.dense) == 3 else (1, *schema.dense)
+    if len(shape) != 3 or min(shape[1:]) < smallest or not schema.num_classes:
+        raise RecipeError(
+            f"the model {model!r} classifies images of {smallest} x {smallest} and more, but an example of this data "
+            f"set has the shape {schema.dense} and {schema.num_classes or 'no'} classes; choose a model.name such as "
+            f"mlp, or a data set such as mnist"
+        )
+    return shape
 
 
 @dataclass(frozen=True)
@@ -222,5 +267,24 @@ def linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
     bound = 1.0 / max(inputs, 1) ** 0.5
     with torch.no_grad():
         layer.weight.uniform_(-bound, bound, generator=generator)
+        layer.bias.uniform_(-bound, bound, generator=generator)
+    return layer
+
+
+def layers(widths: Sequence[int], generator: torch.Generator) -> nn.Sequential:
+    """Linear layers from the first width to the last, a ReLU after each."""
+    modules: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        modules += [linear(inputs, outputs, generator), nn.ReLU()]
+    return nn.Sequential(*modules)
+
+
+def convolution(inputs: int, outputs: int, size: int, generator: torch.Generator, padding: int = 0) -> nn.Conv2d:
+    """A convolution of ``size`` x ``size``, initialised as :func:`linear` is."""
+    layer = nn.Conv2d(inputs, outputs, size, padding=padding)
+    bound = 1.0 / (inputs * size * size) ** 0.5
+    with torch.no_grad():
+        layer.weight.uniform_(-bound, bound, generator=generator)
+        assert layer.bias is not None
         layer.bias.uniform_(-bound, bound, generator=generator)
     return layer

@@ -48,6 +48,11 @@ class Told:
         ]
         return chosen[-1].get("metrics", {}) if chosen else {}
 
+    def baseline(self, label: str) -> str:
+        """What the model was held against by a protocol, such as ItemPop; empty where nothing was."""
+        names = [str(event.get("name")) for event in self.record.baselines if event.get("label") == label]
+        return names[-1] if names else ""
+
 
 def render(runs: Sequence[Told]) -> str:
     """The page about these runs, whole."""
@@ -102,12 +107,14 @@ def _key_figures(runs: Sequence[Told]) -> Markup | None:
     labels = _labels(runs)
     if len(runs) != 1 or not labels:
         return None
-    ours, base = runs[0].figures(labels[0]), runs[0].figures(labels[0], "ItemPop")
+    record, against = runs[0].record, runs[0].baseline(labels[0])
+    ours, base = runs[0].figures(labels[0]), runs[0].figures(labels[0], against)
     tiles = []
-    for name in [name for name in ours if name.startswith(("HR@", "NDCG@"))][:2]:
-        beside = f"{ours[name] / base[name]:.2f} times ItemPop" if base.get(name) else labels[0]
+    for name in record.first(ours)[:2]:
+        beside = labels[0]
+        if base.get(name):
+            beside = f"{ours[name] / base[name]:.2f} times {against}" if _is_share(name) else f"{against} {figure(base[name])}"
         tiles.append((name, figure(ours[name]), beside))
-    record = runs[0].record
     tiles.append(
         ("Time", in_seconds(record.total("seconds")), f"{_mean(record, 'seconds', in_seconds)} a {runs[0].unit}")
     )
@@ -125,7 +132,7 @@ def _figures(runs: Sequence[Told]) -> Markup:
     """A table for each protocol: the baseline, each run, and how two runs differ."""
     labels = _labels(runs)
     if not labels:
-        return _section("Test figures", tag("p", "No run here has been judged on its test items yet.", class_="muted"))
+        return _section("Test figures", tag("p", "No run here has been judged on its test data yet.", class_="muted"))
     remark = tag(
         "p",
         "Figures of different protocols cannot be compared with each other: with sampled negatives they are higher.",
@@ -140,32 +147,36 @@ def _figures(runs: Sequence[Told]) -> Markup:
 
 def _protocol_table(runs: Sequence[Told], label: str) -> Markup:
     columns = [(run.label, run.figures(label)) for run in runs]
-    baselines = _distinct([(run.label, run.figures(label, "ItemPop")) for run in runs])
+    baselines = _distinct([(run.label, run.figures(label, run.baseline(label))) for run in runs])
+    against = next((run.baseline(label) for run in runs if run.baseline(label)), "")
     names = list(dict.fromkeys(name for _, figures in columns for name in figures))
     pair = len(runs) == 2 and all(figures for _, figures in columns)
     single = len(runs) == 1 and bool(baselines)
+    shares = all(map(_is_share, names[:1]))
     heads = [
         "",
-        *("ItemPop" if len(baselines) == 1 else f"ItemPop ({of})" for of, _ in baselines),
+        *(against if len(baselines) == 1 else f"{against} ({of})" for of, _ in baselines),
         *_columns(runs),
         *(["difference"] if pair else []),
-        *(["times ItemPop"] if single else []),
+        *([f"times {against}"] if single and shares else ["difference"] if single else []),
     ]
     rows = []
     for name in names:
         values = [figures.get(name) for _, figures in columns]
         known = [value for value in values if value is not None]
+        best = min if name.endswith("loss") else max
         cells = [tag("td", _exact(figures.get(name))) for _, figures in baselines]
         # Which of several runs is best is said by weight; of one, nothing is.
         cells += [
-            tag("td", _exact(value), class_="best" if len(set(known)) > 1 and value == max(known) else None)
+            tag("td", _exact(value), class_="best" if len(set(known)) > 1 and value == best(known) else None)
             for value in values
         ]
         if pair:
             cells.append(tag("td", _difference(values[0], values[1])))
         if single:
             base = baselines[0][1].get(name)
-            cells.append(tag("td", f"{values[0] / base:.2f}" if base and values[0] is not None else "–"))
+            times = f"{values[0] / base:.2f}" if base and values[0] is not None else "–"
+            cells.append(tag("td", times if shares else _difference(base, values[0])))
         rows.append(tag("tr", tag("th", name, scope="row"), cells))
     judged = _judged(runs, label)
     return _table(heads, rows, caption=f"Protocol: {label}{judged}")
@@ -188,7 +199,7 @@ def _curves(runs: Sequence[Told]) -> Markup:
     judged = [[event for event in run.record.evaluations if event.get("role") == "validation"] for run in runs]
     metrics = dict.fromkeys(name for of in judged for event in of for name in event.get("metrics", {}))
     drawn = {"training loss": lines([run.record.rounds for run in runs], lambda event: event.get("loss"))}
-    for name in [name for name in metrics if name.startswith(("HR@", "NDCG@"))] or list(metrics)[:2]:
+    for name in dict.fromkeys(name for run in runs for name in run.record.first(metrics)):
         drawn[f"validation {name}"] = lines(judged, partial(_metric, name))
     figures = [
         tag(
@@ -246,15 +257,16 @@ def _data(runs: Sequence[Told]) -> Markup | None:
     cards = _distinct([(run.label, run.record.card) for run in runs])
     if not cards:
         return None
+    counts = dict.fromkeys(name for _, card in cards for name, value in card.items() if isinstance(value, int))
+    has_times = any("first_time" in card for _, card in cards)
+    has_density = any("density" in card for _, card in cards)
     heads = ["", *(str(card.get("name", "")) if len(cards) == 1 else label for label, card in cards)]
     measures: list[tuple[str, Callable[[Mapping[str, Any]], object]]] = [
         *([("data set", lambda card: card.get("name", "–"))] if len(cards) > 1 else []),
-        ("users", lambda card: _counted(card, "users")),
-        ("items", lambda card: _counted(card, "items")),
-        ("interactions", lambda card: _counted(card, "interactions")),
-        ("density", lambda card: in_percent(card["density"]) if "density" in card else "–"),
-        ("from", lambda card: (card.get("first_time") or "–")[:10]),
-        ("to", lambda card: (card.get("last_time") or "–")[:10]),
+        *((name, partial(_counted, name)) for name in counts),
+        *([("density", lambda card: in_percent(card["density"]) if "density" in card else "–")] if has_density else []),
+        *([("from", lambda card: (card.get("first_time") or "–")[:10])] if has_times else []),
+        *([("to", lambda card: (card.get("last_time") or "–")[:10])] if has_times else []),
     ]
     extra = dict.fromkeys(name for _, card in cards for name in card.get("extra", {}))
     rows = [
@@ -367,7 +379,7 @@ def _judged(runs: Sequence[Told], label: str) -> str:
         if event.get("label") == label
     )
     said = " / ".join(
-        f"{in_count(cases)} cases of {in_count(users)} users" for cases, users in counts if cases and users
+        f"{in_count(cases)} cases" + (f" of {in_count(users)} users" if users else "") for cases, users in counts if cases
     )
     return f"; {said}" if said else ""
 
@@ -405,7 +417,12 @@ def _per_client(record: RunRecord) -> str:
     return in_bytes((record.total("bytes_up") + record.total("bytes_down")) / visits) if visits else "–"
 
 
-def _counted(card: Mapping[str, Any], name: str) -> str:
+def _is_share(name: str) -> bool:
+    """Whether a metric is one that popularity alone has little of, so that being twice as good says something."""
+    return "@" in name
+
+
+def _counted(name: str, card: Mapping[str, Any]) -> str:
     return in_count(card[name]) if name in card else "–"
 
 

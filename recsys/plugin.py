@@ -44,6 +44,11 @@ RECIPES = (
     ("dssm-synthetic", "a two-tower recommender on generated data; the first thing to run"),
     ("dssm-ml-100k", "the two-tower recommender on MovieLens 100K"),
     ("dssm-ml-1m", "the two-tower recommender on MovieLens 1M, the NCF split"),
+    ("wide-deep-criteo", "Wide & Deep on Criteo's clicks, 100 silos"),
+    ("dlrm-criteo", "DLRM on Criteo's clicks, 100 silos"),
+    ("fedsgd-mnist-mlp", "handwritten digits by federated SGD: one step a round on all of each client's images"),
+    ("fedavg-mnist-mlp", "handwritten digits by federated averaging, fully connected layers"),
+    ("fedavg-mnist-lenet5", "handwritten digits by federated averaging, LeNet-5"),
 )
 
 

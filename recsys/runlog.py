@@ -4,7 +4,7 @@ Every line has ``event`` and ``time``; the other keys depend on the event:
 
 =================  ====================================================================================================
 ``run_started``    ``name``, ``mode``, ``seed``, ``rounds``
-``data``           ``card``: the data card
+``data``           ``card``: the data card; ``headline``: the metrics to look at first
 ``resumed``        ``round``: from where; what was logged of later rounds no longer counts
 ``round``          ``round``, ``loss``, ``metrics``, ``clients``, ``dropped``, ``bytes_up``, ``bytes_down``, ``seconds``
 ``evaluation``     ``round``, ``role``, ``label``, ``metrics``, ``cases``, ``users``
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -110,6 +110,7 @@ class RunLog:
             folder=self.folder,
             started=of["run_started"][-1] if of["run_started"] else {},
             card=of["data"][-1].get("card", {}) if of["data"] else {},
+            headline=tuple(of["data"][-1].get("headline", ())) if of["data"] else (),
             rounds=tuple(sorted(of["round"], key=lambda event: event.get("round", 0))),
             evaluations=of["evaluation"],
             baselines=of["baseline"],
@@ -136,6 +137,7 @@ class RunRecord:
     folder: Path
     started: Event
     card: Event
+    headline: Sequence[str]
     rounds: Sequence[Event]
     evaluations: Sequence[Event]
     baselines: Sequence[Event]
@@ -152,6 +154,14 @@ class RunRecord:
     def total(self, name: str) -> float:
         """The sum of one of the rounds' figures: ``bytes_up``, ``bytes_down``, ``seconds``, ``dropped``."""
         return sum(event.get(name) or 0 for event in self.rounds)
+
+    def first(self, metrics: Iterable[str]) -> list[str]:
+        """Those of ``metrics`` that a reader looks at first: the run's headline, at any length of list.
+
+        The first two where the log does not say.
+        """
+        names, kinds = list(metrics), {name.partition("@")[0] for name in self.headline}
+        return [name for name in names if name.partition("@")[0] in kinds] or names[:2]
 
     def final(self, role: str = "test") -> list[Event]:
         """The newest evaluation of each protocol for ``role``."""

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from fedtower.core.client import ClientData
 from fedtower.core.draws import Draws
-from fedtower.core.errors import RecipeError
+from fedtower.core.errors import DataError, RecipeError
 from fedtower.core.plan import Plan
 from fedtower.core.recipe import Recipe
 from fedtower.core.runtime import Work
 from fedtower.recsys import metrics
 from fedtower.recsys.batches import SequenceData
 from fedtower.recsys.evaluation import Evaluation, ItemPop, Role, evaluate
-from fedtower.recsys.examples import ExampleData, Examples, ExampleSet, batches_of
+from fedtower.recsys.examples import ExampleCard, ExampleData, Examples, ExampleSet, batches_of
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.models import ExampleSchema, Schema
 from fedtower.recsys.population import DataCard, Population
@@ -42,7 +42,7 @@ class Task(Protocol):
         ...
 
     @property
-    def card(self) -> DataCard:
+    def card(self) -> DataCard | ExampleCard:
         """The data card."""
         ...
 
@@ -189,7 +189,7 @@ class Labelled:
         return self.examples.num_clients
 
     @property
-    def card(self) -> DataCard:
+    def card(self) -> ExampleCard:
         """The data card."""
         return self.examples.card
 
@@ -209,7 +209,16 @@ class Labelled:
         return len(self.examples.held_out("validation").labels) > 0
 
     def client_data(self) -> ExampleData:
-        """Shuffled batches."""
+        """Shuffled batches.
+
+        Raises:
+            RecipeError: the categories were counted over the rows of all clients, which in a federated run nobody has.
+        """
+        if self.examples.counted_over_everyone:
+            raise RecipeError(
+                "data.categories = 'counted' builds a vocabulary from the rows of all clients, and so would tell what "
+                "they hold: use data.categories = 'hashed', or mode = 'standalone'"
+            )
         return ExampleData(self.examples, self.draws)
 
     def features(self, ids: IntArray) -> FloatArray:

@@ -80,7 +80,7 @@ def a_run(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
     """Every hook of the observing family, as a run of three rounds calls them."""
     calls: list[tuple[str, Mapping[str, Any]]] = [
         ("run_started", {"recipe": examples.recipe(), "folder": folder}),
-        ("data_loaded", {"card": examples.DATA_CARD}),
+        ("data_loaded", {"card": examples.DATA_CARD, "headline": ("HR@10", "NDCG@10")}),
         ("run_resumed", {"round": 0}),
     ]
     for round in (1, 2, 3):

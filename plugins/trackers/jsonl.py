@@ -39,8 +39,8 @@ class JSONLines:
         self._append("resumed", round=round)
 
     @hookimpl
-    def data_loaded(self, card: Mapping[str, Any]) -> None:
-        self._append("data", card=card)
+    def data_loaded(self, card: Mapping[str, Any], headline: tuple[str, ...]) -> None:
+        self._append("data", card=card, headline=headline)
 
     @hookimpl
     def round_finished(self, report: RoundReport) -> None:

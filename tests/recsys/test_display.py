@@ -15,6 +15,7 @@ from fedtower.core.recipe import Recipe, parse_recipe
 from fedtower.core.round import RoundReport
 from fedtower.recsys.display import Display
 from fedtower.recsys.evaluation import Evaluation
+from fedtower.recsys.examples import ExampleCard
 from fedtower.recsys.population import DataCard
 
 
@@ -33,11 +34,23 @@ def recipe(rounds: int, mode: str = "simulated") -> Recipe:
     )
 
 
-def run(display: Display, rounds: int, *, every: int = 20, mode: str = "simulated", dropped: int = 0) -> None:
-    """Tell a display what a run tells, through the hooks."""
+RANKING = {"HR@10": 0.51234, "NDCG@10": 0.3, "MRR": 0.2}
+
+
+def run(
+    display: Display,
+    rounds: int,
+    *,
+    every: int = 20,
+    mode: str = "simulated",
+    dropped: int = 0,
+    figures: dict[str, float] = RANKING,
+) -> None:
+    """Tell a display what a run tells, through the hooks; the first two figures are its headline."""
     hooks = Hooks.none(report=pytest.fail)
     hooks.add(display, "display")
     hooks.observe("run_started", recipe=recipe(rounds, mode), folder=Path("runs/small-1"))
+    hooks.observe("data_loaded", card={"name": "small", "users": 9}, headline=tuple(figures)[:2])
     for number in range(1, rounds + 1):
         hooks.observe("round_started", round=number, cohort=None)
         report = RoundReport(
@@ -49,7 +62,7 @@ def run(display: Display, rounds: int, *, every: int = 20, mode: str = "simulate
                 "evaluated",
                 round=number,
                 subject="model",
-                evaluation=Evaluation("validation", "sampled", {"HR@10": 0.51234, "NDCG@10": 0.3}, 9, 9),
+                evaluation=Evaluation("validation", "sampled", figures, 9, 9),
             )
             hooks.observe("checkpoint_written", round=number, path=Path("x"))
     for subject in ("ItemPop", "model"):
@@ -65,7 +78,9 @@ def shown(rounds: int, *, terminal: bool, verbose: bool = False, **settings: Any
     with display:
         run(display, rounds, **settings)
     written = out.getvalue() if terminal else out.getvalue().replace("\x1b", "escape")
-    return [re.sub(r"\x1b\[[0-9?]*[a-zA-Z]", "", line.split("\x1b[2K")[-1]).rstrip() for line in written.splitlines()]
+    lines = [re.sub(r"\x1b\[[0-9?]*[a-zA-Z]", "", line.split("\x1b[2K")[-1]).rstrip() for line in written.splitlines()]
+    assert "small: 9 users" in lines
+    return [line for line in lines if line != "small: 9 users"]
 
 
 def test_in_a_file_a_round_is_a_plain_line() -> None:
@@ -113,6 +128,15 @@ def test_every_line_on_a_terminal_fits_into_80_columns() -> None:
     assert row.split() == ["500/1000", "5.000", "0.512", "0.300", "1,200", "12", "20.8", "MB", "936", "MB", "71", "s"]
 
 
+def test_the_columns_are_those_of_the_data_that_the_run_is_on() -> None:
+    figures = {"accuracy": 0.98123, "logloss": 0.125}
+    lines = shown(2, terminal=True, every=1, figures=figures)
+    headings = next(line for line in lines if "dropped" in line)
+    assert headings.split()[1:4] == ["loss", "accuracy", "logloss"]
+    assert next(line for line in lines if "1/2" in line and "MB" in line).split()[2:4] == ["0.981", "0.125"]
+    assert "accuracy 0.981  logloss 0.125" in shown(2, terminal=False, every=1, figures=figures)[0]
+
+
 def test_columns_stand_under_their_headings() -> None:
     lines = shown(3, terminal=True, every=2)
     headings, *rows = [line for line in lines if "dropped" in line or ("/3" in line and "MB" in line)]
@@ -145,11 +169,15 @@ def test_the_data_and_where_a_run_goes_on_are_said() -> None:
     hooks = Hooks.none(report=pytest.fail)
     hooks.add(Display(Console(file=out, width=80, highlight=False)), "display")
     card = DataCard("movielens 1m", 6040, 3706, 1000209, 956703932, 1046454590, {"times": "as given"})
-    hooks.observe("data_loaded", card=card.to_dict())
+    hooks.observe("data_loaded", card=card.to_dict(), headline=("HR@10",))
+    examples = ExampleCard("clicks", clients=100, training=64_000, validation=8_000, test=9_000, extra={"numbers": "13"})
+    hooks.observe("data_loaded", card=examples.to_dict(), headline=("AUC",))
     hooks.observe("run_resumed", round=40)
     assert out.getvalue().splitlines() == [
         "movielens 1m: 6,040 users, 3,706 items, 1,000,209 interactions, density 4.47 %, 2000-04-25 to 2003-02-28",
         "  times: as given",
+        "clicks: 100 clients, 64,000 training examples, 8,000 validation examples, 9,000 test examples",
+        "  numbers: 13",
         "going on after round 40",
     ]
 

@@ -35,7 +35,8 @@ def make_run(tmp_path: Path) -> MakeRun:
         log = RunLog(folder)
         log.append("run_started", name="dssm-small", mode=mode, seed=7, rounds=rounds)
         card = {"name": "small <data>", "users": 6040, "items": 3706, "interactions": 1000209, "density": 0.0447}
-        log.append("data", card={**card, "first_time": "2000-04-25T23:05:32+00:00", "extra": {"licence": "R&D only"}})
+        card |= {"first_time": "2000-04-25T23:05:32+00:00", "extra": {"licence": "R&D only"}}
+        log.append("data", card=card, headline=["HR@10", "NDCG@10"])
         for number in range(1, (until or rounds) + 1):
             costs = {"clients": 200, "dropped": 2, "bytes_up": 20_000_000, "bytes_down": 50_000_000, "seconds": 0.25}
             log.append("round", round=number, loss=5.0 - number / rounds - better, **costs)
@@ -202,7 +203,7 @@ def test_an_unfinished_run_is_told_as_far_as_it_went_and_says_so(make_run: MakeR
     page = Page(write_report([folder]).read_text("utf-8"))
     assert "a is not finished: it stands at round 23 of 40" in page.text
     assert f"fedtower resume {folder}" in page.text
-    assert "No run here has been judged on its test items yet." in page.text
+    assert "No run here has been judged on its test data yet." in page.text
     assert page.table("sent up")["rounds"] == {"this run": "23"}
 
 

@@ -44,7 +44,7 @@ def report(number: int) -> RoundReport:
 
 def test_a_run_is_in_its_log(tmp_path: Path) -> None:
     hooks = started(tmp_path)
-    hooks.observe("data_loaded", card={"name": "generated", "users": 3})
+    hooks.observe("data_loaded", card={"name": "generated", "users": 3}, headline=("HR@5", "MRR"))
     hooks.observe("warned", message="mind the gap")
     hooks.observe("round_finished", report=report(1))
     evaluation = Evaluation("test", "full ranking", {"HR@10": np.float64(0.5)}, 4, 3)
@@ -55,7 +55,7 @@ def test_a_run_is_in_its_log(tmp_path: Path) -> None:
     events = [{key: value for key, value in event.items() if key != "time"} for event in RunLog(tmp_path).events()]
     assert events == [
         {"event": "run_started", "name": "small", "mode": "simulated", "seed": 3, "rounds": 9},
-        {"event": "data", "card": {"name": "generated", "users": 3}},
+        {"event": "data", "card": {"name": "generated", "users": 3}, "headline": ["HR@5", "MRR"]},
         {"event": "warning", "message": "mind the gap"},
         {
             "event": "round",

@@ -1,0 +1,1 @@
+"""Exporters: traced graphs as files that a device's engine reads."""
