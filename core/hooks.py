@@ -87,6 +87,10 @@ class Wrapping:
     def aggregate(self, round: int) -> Any:
         """Around the folding of a round's updates; the result is what ``Aggregator.fold`` returns."""
 
+    @hookspec(firstresult=True)
+    def export(self, folder: Path) -> Any:
+        """Around the export of a model to the bundle ``folder``; the result is a ``fedtower.recsys.bundle.Bundle``."""
+
 
 class Observing:
     """*Observe*: everyone is told, one by one; an observer that fails is reported once and the run goes on."""
@@ -147,7 +151,7 @@ def hook_names(family: str) -> tuple[str, ...]:
     """The hooks of one family, in the order in which a run meets them.
 
     >>> hook_names("wrap")
-    ('client_train', 'aggregate')
+    ('client_train', 'aggregate', 'export')
     """
     return tuple(name for name in vars(FAMILIES[family]) if not name.startswith("_"))
 

@@ -47,7 +47,7 @@ class InputError(DataError):
 class Port:
     """One input or output of a graph: ``port`` in the file, ``name`` to us.
 
-    Integers lie in ``low`` .. ``high``, both included.
+    Integers, and whole numbers such as labels, lie in ``low`` .. ``high``, both included.
     """
 
     port: str
@@ -78,6 +78,10 @@ class Port:
             raise InputError(f"{whose}: the {self.role} {self.name!r} must be float32, but is {value.dtype}")
         elif not np.isfinite(value).all():
             raise InputError(f"{whose}: the {self.role} {self.name!r} holds NaN or infinity")
+        elif self.high is not None and ((value < (self.low or 0)) | (value > self.high) | (value % 1 != 0)).any():
+            raise InputError(
+                f"{whose}: the {self.role} {self.name!r} must be whole numbers in {self.low} .. {self.high}"
+            )
 
 
 @dataclass(frozen=True)
@@ -138,8 +142,8 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> str:
-        """The text of ``manifest.json``, the same for equal manifests."""
-        return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+        """The text of ``manifest.json``; the parameters stay in their order."""
+        return json.dumps(asdict(self), indent=1) + "\n"
 
     @property
     def settings(self) -> LocalSettings:

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 aten = torch.ops.aten
+IntArray = NDArray[np.int64]
 
 
 def slice_backward(
@@ -290,15 +293,15 @@ def _pool(
 
 def _places(
     size: tuple[int, int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
-) -> tuple[Tensor, int, int]:
+) -> tuple[IntArray, int, int]:
     """For every output place and kernel place, where it looks in the padded image, flat, (O * K,)."""
     stride, padding, dilation = ((each[0], each[-1]) for each in (stride, padding, dilation))
     high, wide = (
         (size[axis] + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
         for axis in (0, 1)
     )
-    rows = torch.arange(high)[:, None] * stride[0] + torch.arange(kernel[0])[None, :] * dilation[0]
-    columns = torch.arange(wide)[:, None] * stride[1] + torch.arange(kernel[1])[None, :] * dilation[1]
+    rows = np.arange(high)[:, None] * stride[0] + np.arange(kernel[0])[None, :] * dilation[0]
+    columns = np.arange(wide)[:, None] * stride[1] + np.arange(kernel[1])[None, :] * dilation[1]
     width = size[1] + 2 * padding[1]
     flat = rows[:, None, :, None] * width + columns[None, :, None, :]
     return flat.reshape(-1), high, wide
@@ -313,7 +316,7 @@ def _unfold(
     places, high, wide = _places((size[0], size[1]), kernel, stride, padding, dilation)
     if top or left:
         image = _padded(image, top, left)
-    flat = image.reshape(batch, channels, -1).index_select(2, places)
+    flat = image.reshape(batch, channels, -1).index_select(2, torch.from_numpy(places))
     parts = flat.reshape(batch, channels, high * wide, -1).permute(0, 2, 1, 3)
     return parts.reshape(batch, high * wide, -1), (high, wide)
 
@@ -344,18 +347,16 @@ def _fold_back(
     top, left = padding[0], padding[-1]
     places, high, wide = _places((size[0], size[1]), kernel, stride, padding, dilation)
     padded = (size[0] + 2 * top) * (size[1] + 2 * left)
-    order = torch.argsort(places, stable=True)
+    order = np.argsort(places, kind="stable")
     ranked = places[order]
-    heads = torch.searchsorted(ranked, ranked)
-    rank = torch.arange(len(ranked)) - heads
-    layers = int(rank.max()) + 1
+    rank = np.arange(len(ranked)) - np.searchsorted(ranked, ranked)
     flat = patches.reshape(batch, high * wide, channels, -1).permute(0, 2, 1, 3).reshape(batch, channels, -1)
     flat = torch.cat([flat, torch.zeros(batch, channels, 1)], 2)
     total = None
-    for layer in range(layers):
-        source = torch.full((padded,), len(places), dtype=torch.int64)
+    for layer in range(int(rank.max()) + 1):
+        source = np.full(padded, len(places), dtype=np.int64)
         source[ranked[rank == layer]] = order[rank == layer]
-        part = flat.index_select(2, source)
+        part = flat.index_select(2, torch.from_numpy(source))
         total = part if total is None else total + part
     assert total is not None
     image = total.reshape(batch, channels, size[0] + 2 * top, size[1] + 2 * left)

@@ -77,7 +77,7 @@ class Visit:
                 name,
                 tuple(value.shape[2:]),
                 "float32" if value.dtype.kind == "f" else "int32",
-                *_range(model, name, value, slots),
+                *_range(model, name, work, slots),
             )
             for place, (name, value) in enumerate(work.inputs.items())
         )
@@ -94,8 +94,8 @@ class Visit:
                 if port.name == "weight":
                     value = (value > -1.0).float()
                     value.reshape(-1)[:1] = 1.0
-                if port.name == "label":
-                    value = torch.randint(0, 1 + (port.high or 1), port.shape, generator=generator).float()
+                if port.high is not None:
+                    value = torch.randint(port.low or 0, 1 + port.high, port.shape, generator=generator).float()
             else:
                 low, high = port.low or 0, 1 if port.high is None else port.high
                 value = torch.randint(low, high + 1, port.shape, generator=generator, dtype=torch.int32)
@@ -205,12 +205,18 @@ def _slots_and_inputs(
     }
 
 
-def _range(model: Declared, name: str, value: NDArray[Any], slots: Sequence[Port]) -> tuple[int | None, int | None]:
-    """What an input may hold, as far as the kind of tower says."""
+def _range(model: Declared, name: str, work: Work, slots: Sequence[Port]) -> tuple[int | None, int | None]:
+    """What whole numbers an input may hold, as far as the kind of tower says."""
     shapes = {port.name: port.shape for port in slots}
     if isinstance(model.shared, SequenceTower) and name == "target":
         return 0, shapes["history"][0] - 1
-    return (None, None) if value.dtype.kind == "f" else (0, None)
+    if isinstance(model.shared, ExampleTower) and name == "label":
+        held = {port.name: torch.zeros(port.shape) for port in slots}
+        inputs = {other: torch.zeros(value.shape[2:]) for other, value in work.inputs.items()}
+        with torch.no_grad():
+            logits = model.shared.logits(held, inputs)
+        return 0, logits.shape[1] - 1 if logits.dim() == 2 else 1
+    return (None, None) if work.inputs[name].dtype.kind == "f" else (0, None)
 
 
 def _by_role(ports: Sequence[Port], flat: Sequence[Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -7,6 +7,13 @@ from fedtower.core.registry import Kind, Registry
 
 KINDS = (
     Kind(
+        "exporter",
+        seam="fedtower.recsys.export:Exporter",
+        promises="fedtower.recsys.testing.exporter:ExporterPromises",
+        template="fedtower.recsys:scaffold/exporter",
+        summary="writes a train step for a device's engine",
+    ),
+    Kind(
         "dataset",
         seam="fedtower.recsys.population:Dataset",
         promises="fedtower.recsys.testing.dataset:DatasetPromises",

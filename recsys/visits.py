@@ -106,7 +106,7 @@ class VisitHost:
         lr = program.put(np.float32(values["lr"]).reshape(()))
         started = {name: program.put(value) for name, value in shared.items()}
         for client in range(len(steps)):
-            held = {**started, **{name: program.put(value[client]) for name, value in own.items()}}
+            held = {**started, **{name: program.put(np.asarray(value[client])) for name, value in own.items()}}
             kept = {name: program.put(value) for name, value in state.items()}
             kept |= {name: held[parameter] for name, parameter in begins.items()}
             mine = slice(int(offsets[client]), int(offsets[client + 1]))
@@ -115,7 +115,7 @@ class VisitHost:
                     ("lr", "lr"): lr,
                     **{("parameter", name): value for name, value in held.items()},
                     **{("state", name): value for name, value in kept.items()},
-                    **{("input", name): program.put(value[client, at]) for name, value in inputs.items()},
+                    **{("input", name): program.put(np.asarray(value[client, at])) for name, value in inputs.items()},
                     **{
                         ("slot", name): program.put(rows[mine][where[client, at]]) for name, where in places.items()
                     },
