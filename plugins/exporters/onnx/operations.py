@@ -61,11 +61,8 @@ def _cast(look: _Look) -> str:
 
 
 def _equal(look: _Look) -> str:
-    # Equal(-0.0, 0.0) is wrong in MNN, so a comparison with a zero is not to be trusted.
-    for value in look.constants:
-        if value is not None and value.dtype.kind == "f" and (value == 0).any():
-            return "with 0.0, which MNN tells from -0.0"
-    return _numbers(look)
+    # MNN tells -0.0 from 0.0; floats are compared from both sides instead.
+    return "on floats, where MNN tells -0.0 from 0.0" if FLOAT in look.types else _numbers(look)
 
 
 def _reduce(look: _Look) -> str:
@@ -163,6 +160,11 @@ def rewritten(model: onnx.ModelProto) -> onnx.ModelProto:
             if sum(value.size for value in folded) <= _MOST_FOLDED:
                 constants |= dict(zip(node.output, folded, strict=True))
                 continue
+        if node.op_type == "Equal" and types[node.input[0]] == FLOAT:
+            sides = [f"{node.output[0]}_{word}" for word in ("least", "most")]
+            for word, side in zip(("GreaterOrEqual", "LessOrEqual"), sides, strict=True):
+                kept.append(helper.make_node(word, list(node.input), [side]))
+            node = helper.make_node("And", sides, list(node.output))
         kept.append(node)
     return _clean(model, kept, constants, aliases)
 
