@@ -22,6 +22,10 @@ class LocalSettings:
     epochs: int | None = field(
         default=None, metadata={"help": "passes over the client's examples a visit; or give steps"}
     )
+    share: float = field(
+        default=1.0,
+        metadata={"help": "of labelled examples, with epochs: the share of them that a visit passes over, in turns"},
+    )
     batch_size: int = field(default=32, metadata={"help": "examples a step"})
     optimizer: Literal["sgd", "momentum", "adam", "adagrad"] = field(
         default="sgd", metadata={"help": "the device's optimiser of the towers; rows are stepped by plain descent"}
@@ -52,6 +56,10 @@ class LocalSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"local.{name} must be at least 1, not {value}")
+        if not 0.0 < self.share <= 1.0:
+            raise RecipeError(f"local.share must be above 0 and at most 1, not {self.share}")
+        if self.share < 1.0 and self.epochs is None:
+            raise RecipeError("local.share is the share of an epoch: it needs local.epochs, and not local.steps")
         if self.negatives < 1 and self.loss != "in_batch_softmax":
             raise RecipeError(
                 f"local.negatives must be at least 1 for the loss {self.loss!r}: positives alone teach nothing"

@@ -158,6 +158,10 @@ class ExampleDataset(Protocol):
 class ExampleData:
     """The clients of an example set as shuffled batches.
 
+    A client's examples are an endless stream, every epoch of it shuffled anew, and a visit takes the part whose turn
+    it is in that round. So a client that takes part in every round meets each example once before it meets one again:
+    where values are rare, as in clicks, meeting some twice and some never costs much of what can be learnt.
+
     ``work()`` gives the inputs ``dense`` (C, S, B, *shape), ``label`` and ``weight`` (C, S, B), 0 for padding, and,
     where the data has categories, the slots ``category`` (C, S, B, F).
     """
@@ -166,40 +170,57 @@ class ExampleData:
     draws: Draws
 
     def work(self, plan: Plan, clients: IntArray) -> Work:
-        """One visit of each client: every example once an epoch, in an order of its own."""
+        """One visit of each client: its next examples, in an order of its own."""
         held = self.examples.examples(clients)
         return batches_of(held, *self._places(held, plan.round, plan.local), bool(self.examples.cardinalities))
 
     def _places(self, held: Examples, round: int, local: LocalSettings) -> tuple[IntArray, IntArray]:
         """Which example is at each place, (C, S, B), -1 for padding, and how many steps each client has, (C,)."""
-        size = local.batch_size
-        batches = -(-held.lengths // size)
-        steps = batches * local.epochs if local.epochs else np.minimum(batches, local.steps or 1)
-        at = np.full((len(held.clients), max(int(steps.max(initial=0)), 1), size), -1, dtype=np.int64)
-        position = np.arange(len(held.owners), dtype=np.int64) - held.offsets[:-1][held.owners]
-        for epoch in range(local.epochs or 1):
-            key = self.draws.bits("examples", round, held.clients[held.owners], epoch, position)
-            order = np.lexsort((key, held.owners))
-            owner = held.owners[order]
-            step = epoch * batches[owner] + position // size
-            kept = step < steps[owner]
-            at[owner[kept], step[kept], (position % size)[kept]] = order[kept]
+        start, stop = _turn(held.lengths, round, local)
+        steps = -(-(stop - start) // local.batch_size)
+        at = np.full((len(held.clients), max(int(steps.max(initial=0)), 1), local.batch_size), -1, dtype=np.int64)
+        epoch, length = start // np.maximum(held.lengths, 1), held.lengths[held.owners]
+        rank = np.arange(len(held.owners), dtype=np.int64) - held.offsets[:-1][held.owners]
+        while np.any((epoch * held.lengths < stop) & (held.lengths > 0)):
+            key = self.draws.bits("examples", held.clients[held.owners], epoch[held.owners], rank)
+            order = np.lexsort((key, held.owners))  # owners stay where they are: it is each one's examples that move
+            place = epoch[held.owners] * length + rank
+            taken = (place >= start[held.owners]) & (place < stop[held.owners])
+            owner, place = held.owners[taken], (place - start[held.owners])[taken]
+            at[owner, place // local.batch_size, place % local.batch_size] = order[taken]
+            epoch = epoch + 1
         return at, steps
+
+
+def _turn(lengths: IntArray, round: int, local: LocalSettings) -> tuple[IntArray, IntArray]:
+    """Which part of its stream each client takes in a round: from where to where, both (C,)."""
+    if local.epochs is None:
+        size = np.minimum(lengths, (local.steps or 1) * local.batch_size)
+        return (round - 1) * size, round * size
+    # The tiny number keeps, say, three times a third of 30 examples from being 9.999.
+    each = local.share * local.epochs * lengths + 1e-9
+    return (each * (round - 1)).astype(np.int64), (each * round).astype(np.int64)
 
 
 def batches_of(held: Examples, at: IntArray, steps: IntArray, with_categories: bool) -> Work:
     """The work of clients whose batches hold the examples ``at`` (C, S, B), -1 for padding."""
     real = at >= 0
-    inputs = {
-        "dense": held.dense[np.maximum(at, 0)],
-        "label": held.labels[np.maximum(at, 0)],
-        "weight": real.astype(np.float32),
-    }
+    if not len(held.labels):  # there is nobody's example that padding could repeat
+        held = Examples(
+            held.clients,
+            np.append(np.zeros(len(held.clients), dtype=np.int64), 1),
+            np.zeros((1, *held.dense.shape[1:]), dtype=np.float32),
+            np.zeros((1, held.categories.shape[1]), dtype=np.int64),
+            np.zeros(1, dtype=np.float32),
+        )
+    # Padding repeats the first example of the visit, whose rows the client needs anyway.
+    own = np.minimum(held.offsets[:-1], len(held.labels) - 1)
+    first = np.where(real[:, 0, 0], at[:, 0, 0], own)[:, None, None]
+    at = np.where(real, at, first)
+    inputs = {"dense": held.dense[at], "label": held.labels[at], "weight": real.astype(np.float32)}
     examples = real.sum(axis=(1, 2)).astype(np.int64)
     if not with_categories:
         return Work(held.clients, steps, examples, inputs)
-    # Padding repeats the client's first example, whose rows it needs anyway.
-    first = np.minimum(held.offsets[:-1], max(len(held.labels) - 1, 0))[:, None, None]
-    ids = held.categories[np.where(real, at, first)]
+    ids = held.categories[at]
     needed, where = localise(ids.reshape(len(ids), -1))
     return Work(held.clients, steps, examples, inputs, {"category": where.reshape(ids.shape)}, {"category": needed})

@@ -135,7 +135,13 @@ class Histories:
         return self.split.validation
 
     def client_data(self) -> SequenceData:
-        """Stretches of histories."""
+        """Stretches of histories.
+
+        Raises:
+            RecipeError: a share of an epoch was asked for, which there is not of histories.
+        """
+        if self.recipe.local.share < 1.0:
+            raise RecipeError("local.share is for labelled examples; of histories, local.steps says how much a visit is")
         return SequenceData(self.population, self.split, self.draws)
 
     def features(self, ids: IntArray) -> FloatArray:

@@ -10,82 +10,101 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from fedtower.core.plan import Plan
+from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.runtime import RuntimeFactory, Work
 from fedtower.core.testing.promises import Promises, Untouched, assert_close, assert_same_bits
 from fedtower.core.updates import Updates
 from fedtower.recsys.models import Declared
 from fedtower.recsys.step import make_loss
-from fedtower.recsys.testing.examples import small_model, small_plan, small_work
+from fedtower.recsys.testing.examples import Case, cases
 
 States = Mapping[str, NDArray[np.float32]]
+CASES = cases()
 
 
 class RuntimePromises(Promises):
     """``make`` gives a runtime plugin: what ``open(model, local)`` is called on."""
 
-    model: Declared = small_model()
+    @pytest.fixture(params=sorted(CASES))
+    def case(self, request: pytest.FixtureRequest) -> Case:
+        """A small model, and work for it: of histories, of clicks, and of images."""
+        return CASES[request.param]
 
-    def train(self, plan: Plan, work: Work) -> tuple[Updates, States]:
+    def train(self, model: Declared, plan: Plan, work: Work) -> tuple[Updates, States]:
         """One visit, in a runtime opened for it."""
         factory: RuntimeFactory = self.made()
-        return factory.open(self.model, plan.local).train(plan, work)
+        return factory.open(model, plan.local).train(plan, work)
 
     @pytest.mark.parametrize("row_lr", [None, 0.3])
-    def test_it_agrees_with_the_obvious_loop(self, row_lr: float | None) -> None:
-        plan, work = small_plan(self.model, row_lr=row_lr), small_work(self.model)
-        updates, states = self.train(plan, work)
-        dense, rows, own, losses = _obvious(self.model, plan, work)
-        assert_close(dict(updates.dense), dense, "dense", rtol=1e-4, atol=1e-6)
-        assert_close(updates.rows["item"].row_deltas, rows, "row deltas", rtol=1e-4, atol=1e-6)
-        assert_close(dict(states), own, "device states", rtol=1e-4, atol=1e-6)
-        assert_close(updates.metrics["loss"], losses, "losses", rtol=1e-4)
+    def test_it_agrees_with_the_obvious_loop(self, case: Case, row_lr: float | None) -> None:
+        self.agree(case, case.plan(row_lr=row_lr))
 
-    def test_updates_say_whose_they_are(self) -> None:
-        plan, work = small_plan(self.model), small_work(self.model)
-        updates, _ = self.train(plan, work)
+    @pytest.mark.parametrize(
+        ("optimizer", "tolerance"), [("momentum", 1e-4), ("adagrad", 1e-3), ("adam", 1e-3), ("sgd", 1e-4)]
+    )
+    def test_every_optimizer_is_the_one_of_that_name(self, case: Case, optimizer: str, tolerance: float) -> None:
+        frozen = [name for name in case.model.parameters()][:1]
+        self.agree(case, case.plan(optimizer=optimizer, proximal=0.5, frozen=tuple(frozen)), tolerance)
+
+    def agree(self, case: Case, plan: Plan, tolerance: float = 1e-4) -> None:
+        """The runtime gives what the obvious loop gives."""
+        work = case.work()
+        updates, states = self.train(case.model, plan, work)
+        dense, rows, own, losses = _obvious(case.model, plan, work)
+        assert_close(dict(updates.dense), dense, "dense", rtol=tolerance, atol=1e-6)
+        for source, deltas in rows.items():
+            assert_close(updates.rows[source].row_deltas, deltas, "row deltas", rtol=tolerance, atol=1e-6)
+        assert_close(dict(states), own, "device states", rtol=tolerance, atol=1e-6)
+        assert_close(updates.metrics["loss"], losses, "losses", rtol=tolerance)
+
+    def test_updates_say_whose_they_are(self, case: Case) -> None:
+        plan, work = case.plan(), case.work()
+        updates, _ = self.train(case.model, plan, work)
         assert_same_bits(updates.clients, work.clients)
         assert_same_bits(updates.weights, work.examples.astype(np.float64))
-        assert_same_bits(updates.rows["item"].row_ids, work.row_ids["item"].ids)
+        assert set(updates.rows) == set(work.row_ids)
+        for source, needed in work.row_ids.items():
+            assert_same_bits(updates.rows[source].row_ids, needed.ids)
         assert updates.rounds is not None
         assert set(updates.rounds.tolist()) == {plan.round}
         assert set(updates.dense) == set(plan.parameters)
 
-    def test_who_else_is_in_the_block_does_not_matter(self) -> None:
-        plan, work = small_plan(self.model), small_work(self.model)
-        together, states = self.train(plan, work)
+    def test_who_else_is_in_the_block_does_not_matter(self, case: Case) -> None:
+        plan, work = case.plan(), case.work()
+        together, states = self.train(case.model, plan, work)
         for place in range(len(work)):
-            alone, own = self.train(plan, _one(work, place))
+            alone, own = self.train(case.model, plan, _one(work, place))
             assert_close(alone, together.slice(place, place + 1), f"client {place}", rtol=1e-4)
             assert_close(dict(own), {name: value[place : place + 1] for name, value in states.items()}, rtol=1e-4)
 
-    def test_a_client_without_steps_sends_zeros(self) -> None:
-        plan, work = small_plan(self.model), small_work(self.model)
+    def test_a_client_without_steps_sends_zeros(self, case: Case) -> None:
+        plan, work = case.plan(), case.work()
         idle = replace(work, steps=np.zeros_like(work.steps), examples=np.zeros_like(work.examples))
-        updates, states = self.train(plan, idle)
+        updates, states = self.train(case.model, plan, idle)
         assert all(not delta.any() for delta in updates.dense.values())
-        assert not updates.rows["item"].row_deltas.any()
+        assert all(not rows.row_deltas.any() for rows in updates.rows.values())
         assert_same_bits(dict(states), dict(work.states))
 
-    def test_rows_stay_at_home_when_they_are_not_trained(self) -> None:
-        plan, work = small_plan(self.model, train_rows=False), small_work(self.model)
-        updates, _ = self.train(plan, work)
+    def test_rows_stay_at_home_when_they_are_not_trained(self, case: Case) -> None:
+        plan, work = case.plan(train_rows=False), case.work()
+        updates, _ = self.train(case.model, plan, work)
         assert not updates.rows
 
-    def test_inputs_are_left_alone_and_a_repetition_gives_the_same_bits(self) -> None:
-        plan, work = small_plan(self.model), small_work(self.model)
+    def test_inputs_are_left_alone_and_a_repetition_gives_the_same_bits(self, case: Case) -> None:
+        plan, work = case.plan(), case.work()
         with Untouched(plan, work):
-            once = self.train(plan, work)
-        again = self.train(plan, work)
+            once = self.train(case.model, plan, work)
+        again = self.train(case.model, plan, work)
         assert_same_bits(again[0], once[0])
         assert_same_bits(dict(again[1]), dict(once[1]))
 
 
 def _one(work: Work, place: int) -> Work:
     """The work of one client of a block."""
-    rows = slice(*work.row_ids["item"].offsets[place : place + 2])
     here = slice(place, place + 1)
+    rows = {source: slice(*needed.offsets[place : place + 2]) for source, needed in work.row_ids.items()}
     return Work(
         clients=work.clients[here],
         steps=work.steps[here],
@@ -93,48 +112,80 @@ def _one(work: Work, place: int) -> Work:
         inputs={name: value[here] for name, value in work.inputs.items()},
         slots={name: value[here] for name, value in work.slots.items()},
         row_ids={
-            "item": replace(
-                work.row_ids["item"],
-                offsets=np.array([0, rows.stop - rows.start], dtype=np.int64),
-                ids=work.row_ids["item"].ids[rows],
+            source: replace(
+                needed,
+                offsets=np.array([0, rows[source].stop - rows[source].start], dtype=np.int64),
+                ids=needed.ids[rows[source]],
             )
+            for source, needed in work.row_ids.items()
         },
-        rows={"item": work.rows["item"][rows]},
+        rows={source: values[rows[source]] for source, values in work.rows.items()},
         states={name: value[here] for name, value in work.states.items()},
     )
 
 
-def _obvious(model: Declared, plan: Plan, work: Work) -> tuple[dict[str, Any], Any, dict[str, Any], Any]:
-    """Gradient descent by autograd, one client and one step at a time, the client's rows a leaf like any other."""
-    loss_of = make_loss(model.shared, plan.local.loss)
-    row_lr = plan.local.lr if plan.local.row_lr is None else plan.local.row_lr
+def _obvious(
+    model: Declared, plan: Plan, work: Work
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], NDArray[np.float64]]:
+    """Training by autograd and torch's own optimisers, one client and one step at a time, the client's rows a leaf
+    like any other.
+    """
+    local = plan.local
+    loss_of = make_loss(model.shared, local.loss)
     dense: dict[str, list[Any]] = {name: [] for name in plan.parameters}
     own: dict[str, list[Any]] = {name: [] for name in work.states}
-    row_deltas, losses = [], np.zeros(len(work))
+    row_deltas: dict[str, list[Any]] = {source: [] for source in work.rows}
+    losses = np.zeros(len(work))
     for client in range(len(work)):
-        part = slice(*work.row_ids["item"].offsets[client : client + 2])
         start = {name: torch.tensor(value) for name, value in plan.parameters.items()}
         start |= {name: torch.tensor(value[client]) for name, value in work.states.items()}
-        parameters, rows = dict(start), torch.tensor(work.rows["item"][part])
+        leaves = {name: value.clone().requires_grad_(name not in local.frozen) for name, value in start.items()}
+        trained = [name for name in leaves if name not in local.frozen]
+        optimizer = _optimizer([leaves[name] for name in trained], local)
+        held = {source: torch.tensor(_mine(work, source, client)) for source in work.rows}
         for at in range(int(work.steps[client])):
-            leaves = {name: value.clone().requires_grad_() for name, value in parameters.items()}
-            table = rows.clone().requires_grad_()
-            slots = {name: table[torch.tensor(value[client, at])] for name, value in work.slots.items()}
+            tables = {source: rows.clone().requires_grad_() for source, rows in held.items()}
+            slots = {
+                name: table[torch.tensor(value[client, at])]
+                for name, value in work.slots.items()
+                for table in tables.values()
+            }
             inputs = {name: torch.tensor(value[client, at]) for name, value in work.inputs.items()}
             loss = loss_of(leaves, slots, inputs)
-            *gradients, row_gradient = torch.autograd.grad(loss, [*leaves.values(), table])
-            steps = zip(leaves.items(), gradients, strict=True)
-            parameters = {name: (leaf - plan.local.lr * gradient).detach() for (name, leaf), gradient in steps}
-            rows = (table - row_lr * row_gradient).detach()
+            pull = sum(((leaves[name] - start[name]) ** 2).sum() for name in trained)
+            optimizer.zero_grad()
+            (loss + 0.5 * local.proximal * pull).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            row_lr = local.lr if local.row_lr is None else local.row_lr
+            held = {source: (table - row_lr * _gradient(table)).detach() for source, table in tables.items()}
             losses[client] += float(loss.detach()) / int(work.steps[client])
         for name in plan.parameters:
-            dense[name].append((parameters[name] - start[name]).numpy())
+            dense[name].append((leaves[name] - start[name]).detach().numpy())
         for name in work.states:
-            own[name].append(parameters[name].numpy())
-        row_deltas.append(rows.numpy() - work.rows["item"][part])
+            own[name].append(leaves[name].detach().numpy())
+        for source, rows in held.items():
+            row_deltas[source].append(rows.numpy() - _mine(work, source, client))
     return (
         {name: np.stack(values) for name, values in dense.items()},
-        np.concatenate(row_deltas),
+        {source: np.concatenate(values) for source, values in row_deltas.items()},
         {name: np.stack(values) for name, values in own.items()},
         losses,
     )
+
+
+def _optimizer(leaves: list[Tensor], local: LocalSettings) -> torch.optim.Optimizer:
+    if local.optimizer == "adam":
+        return torch.optim.Adam(leaves, lr=local.lr, betas=(local.beta1, local.beta2), eps=local.eps)
+    if local.optimizer == "adagrad":
+        return torch.optim.Adagrad(leaves, lr=local.lr, eps=local.eps)
+    return torch.optim.SGD(leaves, lr=local.lr, momentum=local.momentum if local.optimizer == "momentum" else 0.0)
+
+
+def _mine(work: Work, source: str, client: int) -> NDArray[np.float32]:
+    """The rows of one client."""
+    return work.rows[source][slice(*work.row_ids[source].offsets[client : client + 2])]
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad

@@ -46,7 +46,7 @@ class Loop:
         shared = {name: torch.from_numpy(value) for name, value in plan.parameters.items()}
         for client in range(len(work)):
             parameters: Tensors = shared | {
-                name: torch.from_numpy(values[client]) for name, values in work.states.items()
+                name: torch.from_numpy(np.asarray(values[client])) for name, values in work.states.items()
             }
             mine = {source: slice(*needed.offsets[client : client + 2]) for source, needed in work.row_ids.items()}
             state: Tensors = self.step.init(parameters)
