@@ -13,6 +13,7 @@ from rich.table import Table
 from fedtower.core.cli import pass_registry
 from fedtower.core.recipe import load_recipe
 from fedtower.core.registry import Registry
+from fedtower.recsys.bundle import Bundle, Precision
 from fedtower.recsys.display import Display
 from fedtower.recsys.report import write_report
 from fedtower.recsys.runlog import RunLog, RunRecord, open_run
@@ -120,20 +121,50 @@ def evaluate(registry: Registry, folder: Path, protocol: Literal["sampled", "ful
 
 
 @click.command()
-@folder_argument
-@click.option("--user", required=True, help="A user's id, as in the data.")
+@click.argument("folder", metavar="[RUN]", type=click.Path(path_type=Path), required=False)
+@click.option("--user", help="A user's id, as in the data.")
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    help="Rank the candidates of a --request with this bundle, as a device does.",
+)
+@click.option("--request", type=click.Path(path_type=Path), help="What a device has at hand: see `fedtower export`.")
+@click.option("--runtime", default="mnn", show_default=True, help="Whose engine runs the bundle.")
+@click.option(
+    "--weights",
+    type=click.Choice(["float32", "float16", "int8"]),
+    default="float32",
+    show_default=True,
+    help="Which of the bundle's weights.",
+)
 @click.option("-k", "count", default=10, show_default=True, type=click.IntRange(min=1), help="How many items.")
 @json_option
 @pass_registry
-def recommend(registry: Registry, folder: Path, user: str, count: int, as_json: bool) -> None:
-    """The top items for one user, by a run's newest model, without those she has touched.
-
-    A run on labelled examples has no items to recommend.
+def recommend(
+    registry: Registry,
+    folder: Path | None,
+    user: str | None,
+    bundle: Path | None,
+    request: Path | None,
+    runtime: str,
+    weights: Precision,
+    count: int,
+    as_json: bool,
+) -> None:
+    """The top items for one user, by a run's newest model, without those she has touched; or from a bundle.
 
     \b
-    Example:
+    Examples:
       fedtower recommend runs/dssm-ml-100k-1 --user 42 -k 10
+      fedtower recommend --bundle runs/dssm-ml-100k-1/bundle --request bundle-42.safetensors
     """
+    if bundle is not None:
+        if request is None or folder is not None or user is not None:
+            raise click.UsageError("--bundle needs a --request, and neither a RUN nor a --user")
+        _recommend_from_bundle(registry, bundle, request, runtime, weights, count, as_json)
+        return
+    if folder is None or user is None or request is not None:
+        raise click.UsageError("give a RUN and a --user, or a --bundle and a --request")
     open_run(folder)
     from fedtower.recsys import run as api
 
@@ -148,6 +179,27 @@ def recommend(registry: Registry, folder: Path, user: str, count: int, as_json: 
     table.add_column("score", justify="right")
     for place, each in enumerate(items, start=1):
         table.add_row(str(place), each.item, each.title or "", figure(each.score))
+    Console(highlight=False).print(table)
+
+
+def _recommend_from_bundle(
+    registry: Registry, bundle: Path, request: Path, runtime: str, weights: Precision, count: int, as_json: bool
+) -> None:
+    """Candidates ranked by the forward graph, without torch."""
+    from fedtower.recsys.device import BundleScorer, format_of
+    from fedtower.recsys.reranking import read_request, rerank
+
+    scorer = BundleScorer(Bundle.open(bundle), format_of(registry.get("runtime", runtime)), weights)
+    ranked = rerank(scorer, read_request(request), count)
+    if as_json:
+        click.echo(json.dumps([{"item": item, "score": score} for item, score in ranked]))
+        return
+    table = Table(title=f"by {bundle}", title_justify="left")
+    table.add_column("", justify="right")
+    table.add_column("item")
+    table.add_column("score", justify="right")
+    for place, (item, score) in enumerate(ranked, start=1):
+        table.add_row(str(place), item, figure(score))
     Console(highlight=False).print(table)
 
 

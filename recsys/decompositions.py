@@ -63,14 +63,13 @@ def index_select_backward(grad: Tensor, self_sizes: Sequence[int], dim: int, ind
 
 def index_put(self: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Tensor:
     """An addition at places: a one-hot product over the indexed axes, which must stand together."""
-    if not accumulate:
-        return NotImplemented
     axes = [axis for axis, index in enumerate(indices) if index is not None]
     first, last = axes[0], axes[-1] + 1
-    if axes != list(range(first, last)):
-        return NotImplemented
+    if not accumulate or axes != list(range(first, last)):
+        raise NotImplementedError("an assignment at places, or an addition at places along axes that are apart")
     sizes = [*self.shape]
-    given = torch.broadcast_tensors(*[index for index in indices if index is not None])
+    shape_of = np.broadcast_shapes(*[tuple(index.shape) for index in indices if index is not None])
+    given = [index.expand(shape_of) for index in indices if index is not None]
     flat = torch.zeros_like(given[0])
     for axis, index in zip(axes, given, strict=True):
         flat = flat * sizes[axis] + torch.where(index < 0, index + sizes[axis], index)
@@ -78,8 +77,8 @@ def index_put(self: Tensor, indices: Sequence[Tensor | None], values: Tensor, ac
     for axis in axes:
         many *= sizes[axis]
     shape = (*sizes[:first], flat.numel(), *sizes[last:])
-    added = _onehot_product(values.expand(*sizes[:first], *flat.shape, *sizes[last:]).reshape(shape), flat.reshape(-1), many, first)
-    return self + added.reshape(sizes)
+    spread = values.expand(*sizes[:first], *flat.shape, *sizes[last:]).reshape(shape)
+    return self + _onehot_product(spread, flat.reshape(-1), many, first).reshape(sizes)
 
 
 def nll_loss_forward(
@@ -310,7 +309,7 @@ def _places(
 def _unfold(
     image: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Patches, (B, O, channels * K), gathered by places that are known beforehand; and the output's height and width."""
+    """Patches, (B, O, channels * K), gathered by places that are known beforehand; the output's height and width."""
     batch, channels, *size = image.shape
     top, left = padding[0], padding[-1]
     places, high, wide = _places((size[0], size[1]), kernel, stride, padding, dilation)

@@ -1,4 +1,6 @@
-"""DeviceRuntime: trains from a bundle, in an engine's process, without torch; every value is checked before it is fed."""
+"""DeviceRuntime: trains from a bundle, in an engine's process, without torch; every value is checked before it is
+fed.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtower.core.errors import RecipeError
+from fedtower.core.offers import Offer
 from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.runtime import Work, as_updates
 from fedtower.core.updates import Updates
@@ -31,6 +35,13 @@ class Format:
     suffix: str
     target: str
     timeout_seconds: float = 600.0
+
+
+def format_of(offer: Offer) -> Format:
+    """The format and engine of a runtime that trains from bundles. Raises RecipeError for any other runtime."""
+    if not {"runs", "engine"} <= set(offer.capabilities):
+        raise RecipeError(f"the runtime {offer.name!r} does not run bundles; mnn and onnx do")
+    return Format(str(offer.capabilities["runs"]), str(offer.capabilities["engine"]))
 
 
 @dataclass(frozen=True)
@@ -65,9 +76,7 @@ class DeviceGraph:
         """
         fed = {port.port: _fit(port, values, "the graph's input") for port in self.graph.inputs}
         _, out = self.engine.ask("compute", {}, fed)
-        return {
-            (port.role, port.name): _shaped(out.get(port.port), port, self.format) for port in self.graph.outputs
-        }
+        return {(port.role, port.name): _shaped(out.get(port.port), port, self.format) for port in self.graph.outputs}
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,7 @@ class DeviceRuntime:
                 if source is not None:
                     rows[source][offsets[0] : offsets[-1]] = out["rows"]
             except (KeyError, ValueError) as error:
-                raise EngineError(f"the engine {self.format.target} gave an answer that does not fit: {error}") from error
+                raise EngineError(f"the engine {self.format.target} gave what does not fit: {error}") from error
         return as_updates(plan, work, after, rows, losses), {name: after[name] for name in work.states}
 
     def _values(self, plan: Plan) -> dict[str, Any]:
@@ -163,8 +172,16 @@ class BundleScorer:
     def _parameters(self) -> dict[tuple[str, str], Array]:
         return {("parameter", name): value for name, value in self.bundle.parameters(self.precision).items()}
 
-    def score(self, history: FloatArray, user: FloatArray, candidates: FloatArray) -> FloatArray:
+    def score(
+        self,
+        history: FloatArray,
+        user: FloatArray,
+        candidates: FloatArray,
+        own: Mapping[str, FloatArray] | None = None,
+    ) -> FloatArray:
         """How well each candidate suits a user, (n,), from the rows of her history, oldest first.
+
+        ``own`` are the parameters that the device keeps; without them they are as they were before its first visit.
 
         Shape:
             history ``(t, W)``, the newest are used; user ``(F,)``; candidates ``(n, W)``
@@ -186,6 +203,7 @@ class BundleScorer:
         padded[: len(seen)] = seen
         fixed: dict[tuple[str, str], Array] = {
             **self._parameters,
+            **{("parameter", name): value for name, value in (own or {}).items()},
             ("slot", "history"): padded,
             ("input", "target"): np.array([len(seen)], dtype=np.int32),
             ("input", "user"): user,

@@ -116,7 +116,8 @@ class Engine:
                 how = f"by {signal.Signals(-code).name}"
         self._output.seek(0)
         said = self._output.read()[-400:].decode("utf-8", "replace").strip().replace("\n", " | ")
-        return f"the engine {self._target} died {how} while it answered {word!r}" + (f"; it said: {said}" if said else "")
+        last = f"; it said: {said}" if said else ""
+        return f"the engine {self._target} died {how} while it answered {word!r}{last}"
 
 
 class _Child:
@@ -217,14 +218,12 @@ def serve(target: str, line: socket.socket) -> int:
 
 def _send(line: socket.socket, values: Values, arrays: Arrays) -> None:
     held = [np.asarray(value, order="C") for value in arrays.values()]
-    listed = [
-        [name, value.dtype.name, list(value.shape)] for name, value in zip(arrays, held, strict=True)
-    ]
+    listed = [[name, value.dtype.name, list(value.shape)] for name, value in zip(arrays, held, strict=True)]
     header = json.dumps({"values": dict(values), "arrays": listed}).encode()
     line.sendall(_HEADER.pack(len(header), sum(value.nbytes for value in held)) + header)
     for value in held:
         if value.size:
-            line.sendall(memoryview(value.reshape(-1)).cast("B"))
+            line.sendall(value.reshape(-1).view(np.uint8).data)
 
 
 def _receive(line: socket.socket) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -253,7 +252,6 @@ def _exactly(line: socket.socket, count: int) -> bytearray:
             raise EOFError("the other side hung up")
         got += read
     return data
-
 
 
 if __name__ == "__main__":

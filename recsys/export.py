@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module, metadata
 from pathlib import Path
@@ -37,7 +38,7 @@ from fedtower.recsys.bundle import (
     write_manifest,
     write_tensors,
 )
-from fedtower.recsys.device import DeviceGraph, Format
+from fedtower.recsys.device import DeviceGraph, Format, format_of
 from fedtower.recsys.graphs import ExportError, Traced, Visit, trace_forward, trace_step
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.models import Declared
@@ -63,7 +64,7 @@ class Exporter(Protocol):
     """
 
     def write(self, graph: Traced, folder: Path) -> Path:
-        """The file ``folder/NAME.SUFFIX``. Raises ExportError for a graph that the format's engines do not run right."""
+        """The file ``folder/NAME.SUFFIX``. Raises ExportError for a graph that the format's engines run wrong."""
         ...
 
 
@@ -166,9 +167,7 @@ def write_graphs(
         exporter: Exporter = registry.make("exporter", Part(suffix))
         for graph in graphs:
             path = exporter.write(graph, folder)
-            opened = DeviceGraph(
-                path, digest_of(path), Graph(graph.inputs, graph.outputs), engine_of(suffix, registry)
-            )
+            opened = DeviceGraph(path, digest_of(path), Graph(graph.inputs, graph.outputs), engine_of(suffix, registry))
             try:
                 checks[path.name] = max(_compare(graph, opened, path.name, seed) for seed in (1, 2))
             finally:
@@ -181,7 +180,7 @@ def engine_of(suffix: str, registry: Registry) -> Format:
     for offer in registry.offers("runtime"):
         if offer.capabilities.get("runs") == suffix:
             registry.load("runtime", offer.name)
-            return Format(suffix, str(offer.capabilities["engine"]))
+            return format_of(offer)
     raise RecipeError(
         f"no runtime reads {suffix!r} files, so what is exported in that format cannot be verified and is not released"
     )
@@ -221,8 +220,8 @@ def _rows_apart(
     right = np.concatenate([want[place].reshape(-1, width) for place in places])
     ours = np.concatenate([got[port.role, port.name].reshape(-1, width) for port in ports])
     rows, ids = np.zeros((_ROWS, width), dtype=np.float32), np.arange(len(right)) % _ROWS
-    stepped = (step_rows(rows, ids, gradients, 0.125) for gradients in (ours, right))
-    return _distance(replace(ports[0], name="rows after the step"), *stepped, name)
+    mine, theirs = (step_rows(rows, ids, gradients, 0.125) for gradients in (ours, right))
+    return _distance(replace(ports[0], name="rows after the step"), mine, theirs, name)
 
 
 _ROWS = 3  # of so many rows all slots are filled: every id is there more than once
@@ -307,9 +306,7 @@ def _raised(stored: Mapping[str, Array]) -> dict[str, FloatArray]:
     }
 
 
-def _scores_apart(
-    forward: Traced, parameters: Mapping[str, FloatArray], other: Mapping[str, FloatArray]
-) -> float:
+def _scores_apart(forward: Traced, parameters: Mapping[str, FloatArray], other: Mapping[str, FloatArray]) -> float:
     """The greatest difference of any score, by the spread of the scores."""
     trial = _trial(forward, 1)
     (one,), (two,) = (
@@ -341,20 +338,16 @@ def _key(step: Traced, manifest: Manifest, formats: Sequence[str], registry: Reg
     return digest.hexdigest()[:32]
 
 
-class _beside:  # noqa: N801  (read as a word: ``with _beside(folder) as made``)
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
     """A new folder next to where the result will be; it is removed unless it was renamed."""
-
-    def __init__(self, target: Path) -> None:
-        self._target = target
-
-    def __enter__(self) -> Path:
-        with storage_errors(self._target.parent):
-            self._target.parent.mkdir(parents=True, exist_ok=True)
-            self._made = Path(tempfile.mkdtemp(prefix=f".{self._target.name}-", dir=self._target.parent))
-        return self._made
-
-    def __exit__(self, *_: object) -> None:
-        shutil.rmtree(self._made, ignore_errors=True)
+    made = target.parent / f".{target.name}-{uuid.uuid4().hex}"
+    with storage_errors(target.parent):
+        made.mkdir(parents=True)
+        try:
+            yield made
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def _installed(name: str) -> bool:

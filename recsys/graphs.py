@@ -87,7 +87,7 @@ class Visit:
     def example(self, seed: int) -> dict[tuple[str, str], Tensor]:
         """Values that a visit might have: negative numbers, and the ends of every range of integers, twice."""
         generator = torch.Generator().manual_seed(seed)
-        out = {}
+        out: dict[tuple[str, str], Tensor] = {}
         for port in (*self.slots, *self.inputs):
             if port.dtype == "float32":
                 value = torch.randn(port.shape, generator=generator)
@@ -157,9 +157,7 @@ def trace_forward(model: Declared, visit: Visit) -> Traced:
     tower = model.shared
     parameters = {name: value.detach().clone() for name, value in tower.named_parameters()}
     data = visit.example(2)
-    ports = [
-        Port(f"p{i}", "parameter", name, tuple(value.shape)) for i, (name, value) in enumerate(parameters.items())
-    ]
+    ports = [Port(f"p{i}", "parameter", name, tuple(value.shape)) for i, (name, value) in enumerate(parameters.items())]
     values = list(parameters.values())
     if isinstance(tower, SequenceTower) and visit.rows is not None:
         width, names = visit.rows.width, {port.name: port for port in (*visit.slots, *visit.inputs)}

@@ -73,9 +73,7 @@ class VisitHost:
             raise ValueError(f"{path} has changed since it was checked")
         self._inputs = [tuple(each) for each in values["inputs"]]
         self._outputs = [tuple(each) for each in values["outputs"]]
-        self._program = self._load(
-            path, [port for port, _, _ in self._inputs], [port for port, _, _ in self._outputs]
-        )
+        self._program = self._load(path, [port for port, _, _ in self._inputs], [port for port, _, _ in self._outputs])
         return {}, {}
 
     def _compute(self, values: Values, arrays: Arrays) -> tuple[Values, Arrays]:
@@ -103,7 +101,7 @@ class VisitHost:
             for name, value in [*shared.items(), *((name, value[0]) for name, value in own.items() if len(value))]
         }
         losses = np.zeros(len(steps))
-        lr = program.put(np.float32(values["lr"]).reshape(()))
+        lr = program.put(np.array(values["lr"], dtype=np.float32))
         started = {name: program.put(value) for name, value in shared.items()}
         for client in range(len(steps)):
             held = {**started, **{name: program.put(np.asarray(value[client])) for name, value in own.items()}}
@@ -116,9 +114,7 @@ class VisitHost:
                     **{("parameter", name): value for name, value in held.items()},
                     **{("state", name): value for name, value in kept.items()},
                     **{("input", name): program.put(np.asarray(value[client, at])) for name, value in inputs.items()},
-                    **{
-                        ("slot", name): program.put(rows[mine][where[client, at]]) for name, where in places.items()
-                    },
+                    **{("slot", name): program.put(rows[mine][where[client, at]]) for name, where in places.items()},
                 }
                 out = program.run([feed[role, name] for _, role, name in self._inputs])
                 slopes: dict[str, FloatArray] = {}
@@ -132,17 +128,20 @@ class VisitHost:
                     elif values["train_rows"]:
                         slopes[name] = program.get(value)
                 if slopes:
-                    rows[mine] = _stepped(rows[mine], {name: places[name][client, at] for name in slopes}, slopes, values)
+                    where = {name: places[name][client, at] for name in slopes}
+                    rows[mine] = _stepped(rows[mine], where, slopes, values["row_lr"])
             for name in after:
                 after[name][client] = program.get(held[name])
         return {}, {**{f"after/{name}": value for name, value in after.items()}, "rows": rows, "losses": losses}
 
 
-def _stepped(rows: FloatArray, places: Mapping[str, IntArray], slopes: Mapping[str, FloatArray], values: Values) -> FloatArray:
+def _stepped(
+    rows: FloatArray, places: Mapping[str, IntArray], slopes: Mapping[str, FloatArray], lr: float
+) -> FloatArray:
     """One client's rows after the gradients of all its slots."""
     where = np.concatenate([each.reshape(-1) for each in places.values()])
     flat = np.concatenate([slopes[name].reshape(-1, rows.shape[1]) for name in places])
-    return step_rows(rows, where, flat, values["row_lr"])
+    return step_rows(rows, where, flat, lr)
 
 
 def _group(arrays: Arrays, group: str) -> dict[str, Array]:

@@ -16,7 +16,10 @@ HEAVY = {"torch", "torchrec", "fbgemm_gpu", "pandas", "pyarrow", "onnx", "faiss"
 NOT_ON_A_DEVICE = HEAVY | {"click", "rich"}
 
 # The floor of recsys that devices stand on too.
-STARRED = ("vocabulary", "history", "batches", "negatives", "metrics", "evaluation")
+STARRED = (
+    *("vocabulary", "history", "batches", "negatives", "metrics", "evaluation"),
+    *("bundle", "device", "engine", "reranking", "visits"),
+)
 
 
 def modules_after(code: str, cwd: Path = ROOT) -> set[str]:

@@ -100,9 +100,8 @@ def _any(look: _Look) -> str:
 
 VERIFIED: Mapping[str, Callable[[_Look], str]] = {
     **dict.fromkeys(["Add", "Sub", "Mul", "Neg", "Abs"], _numbers),
-    **dict.fromkeys(
-        ["Div", "MatMul", "Gemm", "Exp", "Log", "Sqrt", "Relu", "Sigmoid", "Tanh", "Reciprocal", "Sign", "Clip"], _floats
-    ),
+    **dict.fromkeys(["Div", "MatMul", "Gemm", "Exp", "Log", "Sqrt", "Clip"], _floats),
+    **dict.fromkeys(["Relu", "Sigmoid", "Tanh", "Reciprocal", "Sign"], _floats),
     **dict.fromkeys(["Max", "Min"], _floats),
     **dict.fromkeys(["ReduceSum", "ReduceMax", "ReduceMin"], _reduce),
     **dict.fromkeys(["Greater", "GreaterOrEqual", "LessOrEqual"], _numbers),

@@ -14,7 +14,9 @@ from fedtower.recsys.models import Declared
 class OnnxRuntime:
     """Exports on first use, to a cache that is keyed by what was traced."""
 
-    timeout_seconds: float = field(default=600.0, metadata={"help": "after so long without an answer the engine is ended"})
+    timeout_seconds: float = field(
+        default=600.0, metadata={"help": "after so long without an answer the engine is ended"}
+    )
 
     def open(self, model: Declared, local: LocalSettings) -> ExportedRuntime:
         """The runtime for one model and one kind of visit."""

@@ -1,0 +1,128 @@
+"""Commands about devices: export a run's model as a bundle, and compare the runtimes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from fedtower.core.cli import pass_registry
+from fedtower.core.recipe import load_recipe
+from fedtower.core.registry import Registry
+from fedtower.recsys.runlog import open_run
+
+
+@click.command()
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="The new folder; default: RUN/bundle.")
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    help="A format to write, in order; may be repeated. Default: onnx, then mnn.",
+)
+@click.option(
+    "--weights",
+    "precisions",
+    multiple=True,
+    type=click.Choice(["float16", "int8"]),
+    help="Weights for serving beside the float32 ones; the manifest says how far they move the scores.",
+)
+@click.option(
+    "--request",
+    "user",
+    metavar="USER",
+    help="Also write what this user's device has at hand to rank candidates: OUT-USER.safetensors.",
+)
+@click.option("--candidates", default=100, show_default=True, type=click.IntRange(min=1), help="Of a --request.")
+@pass_registry
+def export(
+    registry: Registry,
+    folder: Path,
+    out: Path | None,
+    formats: tuple[str, ...],
+    precisions: tuple[str, ...],
+    user: str | None,
+    candidates: int,
+) -> None:
+    r"""Write a run's newest model as a bundle that devices train and score with, and verify it against torch.
+
+    \b
+    Examples:
+      fedtower export runs/dssm-ml-100k-1
+      fedtower export runs/dssm-ml-100k-1 --out bundle --weights int8 --request 42
+      fedtower recommend --bundle bundle --request bundle-42.safetensors
+    """
+    open_run(folder)
+    from fedtower.recsys import export as api
+    from fedtower.recsys.bundle_of_run import export_run, write_request
+
+    target = out or folder / "bundle"
+    bundle = export_run(folder, target, registry, formats=formats or api.FORMATS, precisions=precisions)
+    table = Table(title=f"bundle {target}", title_justify="left")
+    for column in ("file", "bytes", "off torch by"):
+        table.add_column(column, justify="left" if column == "file" else "right")
+    errors = {str(each["file"]): float(each["error"]) for each in bundle.manifest.weights.values() if each["error"]}
+    for name in sorted(bundle.manifest.files):
+        off = bundle.manifest.checks.get(name, errors.get(name))
+        table.add_row(name, f"{(bundle.path / name).stat().st_size:,}", "" if off is None else f"{off:.1e}")
+    console = Console(highlight=False)
+    console.print(table)
+    if user is not None:
+        path = target.parent / f"{target.name}-{user}.safetensors"
+        write_request(folder, user, candidates, path, registry)
+        console.print(f"request: {path}", soft_wrap=True)
+
+
+@click.command()
+@click.argument("recipe", metavar="NAME-OR-FILE")
+@click.option("-o", "--option", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
+@click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")
+@pass_registry
+def parity(registry: Registry, recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    r"""Compare every runtime with the plain one: after a step, a visit and a round from the same state.
+
+    One that is absent, or further off than its tolerance, makes the exit code 1.
+
+    \b
+    Examples:
+      fedtower parity dssm-synthetic
+      fedtower parity dssm-ml-100k -o local.optimizer=adam -o local.lr=0.001
+    """
+    loaded = load_recipe(recipe, overrides, registry)
+    from fedtower.recsys import parity as api
+
+    lines = list(api.parity(loaded, registry))
+    if as_json:
+        shown = ("runtime", "moment", "what", "distance", "moved", "tolerance", "verdict")
+        click.echo(json.dumps([{name: _plain(getattr(line, name)) for name in shown} for line in lines]))
+    else:
+        title = f"{loaded.name} ({api.describe(loaded.local)}): how far from {api.REFERENCE}"
+        table = Table(title=title, title_justify="left")
+        for column in ("runtime", "after one", "of"):
+            table.add_column(column)
+        for column in ("off by", "moved by", "tolerance"):
+            table.add_column(column, justify="right")
+        table.add_column("verdict")
+        for line in lines:
+            distance, moved = ("" if line.absent else f"{value:.1e}" for value in (line.distance, line.moved))
+            numbers = (distance, moved, f"{line.tolerance:.0e}")
+            table.add_row(
+                line.runtime, line.moment, line.what, *numbers, line.verdict, style="" if line.holds else "bold red"
+            )
+        Console(highlight=False).print(table)
+    wrong = [line for line in lines if not line.holds]
+    if wrong:
+        named = ", ".join(dict.fromkeys(line.runtime for line in wrong))
+        raise api.ParityError(
+            f"of {', '.join(api.OTHERS)}, which are all expected to give the numbers of {api.REFERENCE}, {named} did "
+            f"not; {len(wrong)} of {len(lines)} lines of the table say where"
+        )
+
+
+def _plain(value: object) -> object:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and value != value else value

@@ -1,0 +1,197 @@
+"""Parity: every runtime beside ``torch_loop``, after one step, one client's visit and one round from one state."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtower.core.draws import Draws
+from fedtower.core.errors import FedtowerError
+from fedtower.core.hooks import Hooks, hookimpl, new_manager
+from fedtower.core.plan import LocalSettings, Plan
+from fedtower.core.recipe import Recipe
+from fedtower.core.registry import Registry
+from fedtower.core.runtime import Runtime, Work
+from fedtower.core.settings import Part
+from fedtower.core.updates import Updates
+from fedtower.recsys.tasks import make_task
+from fedtower.recsys.training import Assembled, Federated, Setting, assemble
+
+REFERENCE = "torch_loop"
+OTHERS = ("vectorized", "onnx", "mnn")
+
+TOLERANCES: Mapping[str, Mapping[str, float]] = {
+    "step": {"sgd": 1e-5, "momentum": 1e-5, "adagrad": 5e-3, "adam": 5e-3},
+    "visit": {"sgd": 1e-4, "momentum": 1e-4, "adagrad": 2e-2, "adam": 2e-2},
+    "round": {"sgd": 1e-4, "momentum": 1e-4, "adagrad": 5e-3, "adam": 5e-3},
+}
+"""How far two runtimes may be apart, of the value, or absolutely where it is below 1, by the device's optimiser.
+
+Adam and Adagrad divide a gradient by its own size, so where it is nothing but rounding, of which every order of
+summation has its own, a first step may differ by as much as it is long.
+"""
+
+Array = NDArray[Any]
+
+
+class ParityError(FedtowerError):
+    """A runtime is absent, or gives other numbers than the plain one."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: how far ``what`` of a runtime is off, or why there is nothing to compare."""
+
+    runtime: str
+    moment: str
+    what: str
+    distance: float
+    moved: float
+    tolerance: float
+    share: float
+    absent: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is within the tolerance, and within ``share`` of how far training moved anything: where a step is
+        short, staying where one was is near, and wrong.
+        """
+        return not self.absent and self.distance <= min(self.tolerance, self.share * self.moved)
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        return self.absent or ("equal" if self.holds else "beyond its tolerance")
+
+
+SHARES: Mapping[str, float] = {"sgd": 1e-3, "momentum": 1e-3, "adagrad": 2.0, "adam": 2.0}
+"""How far, of the longest move of any number; with Adam the sign of a rounding error may turn a whole move round."""
+
+
+def parity(recipe: Recipe, registry: Registry) -> Iterator[Line]:
+    """A line for every runtime that is expected, moment, and thing compared, as they are measured.
+
+    Raises:
+        FedtowerError: the recipe, or the reference itself, does not work.
+    """
+    recipe = replace(recipe, mode="simulated")
+    draws = Draws(recipe.seed)
+    data = registry.make("dataset", recipe.data.part, path="data").load(draws=draws, progress=lambda _: None)
+    task = make_task(data, recipe, draws)
+    setting = Setting(recipe, registry, task, Hooks.none(), draws, lambda: 0.0)
+    expected = _results(setting, REFERENCE)
+    optimizer = recipe.local.optimizer
+    share = SHARES[optimizer]
+    for name in OTHERS:
+        try:
+            found = _results(setting, name)
+        except FedtowerError as error:
+            for moment, tolerances in TOLERANCES.items():
+                absent = f"absent: {type(error).__name__}: {error}"
+                yield Line(name, moment, "everything", float("nan"), float("nan"), tolerances[optimizer], share, absent)
+            continue
+        for moment, tolerances in TOLERANCES.items():
+            for what, (value, start) in expected[moment].items():
+                distance, moved = _distance(found[moment][what].value, value), _distance(value, start)
+                yield Line(name, moment, what, distance, moved, tolerances[optimizer], share)
+
+
+class _Pair(NamedTuple):
+    """Numbers after training, and before."""
+
+    value: Array
+    start: Array
+
+
+def _results(setting: Setting, name: str) -> dict[str, dict[str, _Pair]]:
+    """The parameters and rows of one runtime, by moment."""
+    recipe = setting.recipe
+    part = recipe.runtime if recipe.runtime.name == name else Part(name)
+    setting = replace(setting, recipe=replace(recipe, runtime=part))
+    model = assemble(setting)
+    factory = setting.registry.make("runtime", part, path="runtime")
+    runtime: Runtime = factory.open(model.declared, recipe.local)
+    plan = Plan(1, model.declared.parameters(), recipe.local)
+    work = _visit(setting, model, plan)
+    return {
+        "step": _after(runtime, plan, replace(work, steps=np.minimum(work.steps, 1))),
+        "visit": _after(runtime, plan, work),
+        "round": _after_round(setting),
+    }
+
+
+def _visit(setting: Setting, model: Assembled, plan: Plan) -> Work:
+    """The work of the first client that has any, its rows fetched."""
+    for client in range(setting.task.num_clients):
+        ids = np.array([client], dtype=np.int64)
+        work = setting.task.client_data().work(plan, ids)
+        if not work.steps[0]:
+            continue
+        rows = {}
+        if model.tables is not None:
+            rows = {source: model.tables.fetch(source, needed.ids) for source, needed in work.row_ids.items()}
+        return replace(work, rows=rows, states={name: model.store.read(name, ids) for name in model.declared.on_device})
+    raise ParityError("no client of this data set has anything to train on, so there is nothing to compare")
+
+
+def _after(runtime: Runtime, plan: Plan, work: Work) -> dict[str, _Pair]:
+    """What one visit made of the parameters, the rows and the device's own."""
+    updates, own = runtime.train(plan, work)
+    moved = {name: plan.parameters[name] + delta[0] for name, delta in updates.dense.items()}
+    out = {"parameters": _Pair(_flat(moved), _flat(plan.parameters))}
+    if updates.rows:
+        rows = {name: work.rows[name] + rows.row_deltas for name, rows in updates.rows.items()}
+        out["rows"] = _Pair(_flat(rows), _flat(work.rows))
+    if own:
+        out["device's own"] = _Pair(_flat(own), _flat(work.states))
+    return out
+
+
+class _Watch:
+    """Keeps the total of a round."""
+
+    total: Updates | None = None
+
+    @hookimpl(wrapper=True)
+    def aggregate(self, round: int) -> Generator[None, Any, Any]:
+        result = yield
+        self.total = result[0]
+        return result
+
+
+def _after_round(setting: Setting) -> dict[str, _Pair]:
+    """What one round's cohort adds up to: the aggregated update, before the server's optimiser."""
+    watch, hooks = _Watch(), Hooks(new_manager())
+    hooks.add(watch, "parity")
+    training = Federated(replace(setting, hooks=hooks))
+    before = training.learned().parameters
+    next(iter(training.rounds()))
+    if watch.total is None:
+        raise ParityError("the round aggregated nothing, so there is nothing to compare")
+    total = watch.total
+    moved = {name: before[name] + delta[0] for name, delta in total.dense.items()}
+    out = {"parameters": _Pair(_flat(moved), _flat(before))}
+    if total.rows:
+        rows = _flat({name: rows.row_deltas for name, rows in total.rows.items()})
+        out["rows"] = _Pair(rows, np.zeros_like(rows))
+    return out
+
+
+def _flat(values: Mapping[str, Array]) -> Array:
+    return np.concatenate([np.asarray(values[name], dtype=np.float64).reshape(-1) for name in sorted(values)])
+
+
+def _distance(got: Array, want: Array) -> float:
+    if got.shape != want.shape:
+        return float("inf")
+    off = float((np.abs(got - want) / np.maximum(np.abs(want), 1.0)).max(initial=0.0))
+    return off if np.isfinite(off) else float("inf")
+
+
+def describe(local: LocalSettings) -> str:
+    """The device's optimiser and rate, for a title."""
+    return f"{local.optimizer}, lr {local.lr:g}"
