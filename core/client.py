@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,15 @@ class ClientData(Protocol):
 
     def work(self, plan: Plan, clients: IntArray) -> Work:
         """The batches of one visit of each client, and the ids of the rows it needs."""
+        ...
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """A runtime that also prepares the clients' data, where it trains them: in processes of its own."""
+
+    def prepares(self, data: ClientData) -> ClientData:
+        """The same data, prepared there."""
         ...
 
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedtower.core.checkpoint import grouped
-from fedtower.core.client import ClientSide
+from fedtower.core.client import ClientSide, Preparing
 from fedtower.core.draws import Draws
 from fedtower.core.errors import RecipeError
 from fedtower.core.hooks import Hooks
@@ -120,9 +120,11 @@ class Federated:
         self._model = assemble(setting)
         transforms = [make("transform", part, path=f"transforms.{i}") for i, part in enumerate(recipe.transforms)]
         optimizer = make("server_optimizer", recipe.server.part, path="server")
+        runtime = make("runtime", recipe.runtime, path="runtime").open(self._model.declared, recipe.local)
+        data = setting.task.client_data()
         client = ClientSide(
-            data=setting.task.client_data(),
-            runtime=make("runtime", recipe.runtime, path="runtime").open(self._model.declared, recipe.local),
+            data=runtime.prepares(data) if isinstance(runtime, Preparing) else data,
+            runtime=runtime,
             rows=self._model.tables,
             transforms=transforms,
             store=self._model.store,

@@ -7,13 +7,15 @@ once.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
 import platform
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -36,7 +38,9 @@ def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Flat:
     place = cache_folder() / f"{digest(graph, example)}.so"
     try:
         if not place.exists():
-            _compile(graph, example, place)
+            with _alone(place):
+                if not place.exists():
+                    _compile(graph, example, place)
         return _load(place)
     except Exception as error:  # whatever a compiler chain can raise: the graph itself gives the same numbers, slowly
         _warn_once(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
@@ -76,10 +80,18 @@ def digest(graph: GraphModule, example: Sequence[Tensor]) -> str:
     return said.hexdigest()[:40]
 
 
+@contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """One process compiles, the others wait for what it makes."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _compile(graph: GraphModule, example: Sequence[Tensor], place: Path) -> None:
     from torch._inductor import aot_compile
 
-    place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, of torch
         made = Path(folder) / place.name

@@ -22,6 +22,7 @@ from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.runtime import Runtime, Work, as_updates
 from fedtower.core.updates import Updates
 from fedtower.plugins.runtimes.vectorized.compiled import Flat, compiled, plain
+from fedtower.plugins.runtimes.vectorized.crew import Crew
 from fedtower.plugins.runtimes.vectorized.graph import Kind, Lanes, trace
 from fedtower.recsys.models import Declared
 from fedtower.recsys.step import Step, make_step
@@ -47,15 +48,21 @@ class Vectorized:
         default=True, metadata={"help": "compile the step (once for a machine); false: run it operation by operation"}
     )
     lanes: int = field(default=0, metadata={"help": "clients that step together; 0: what was measured to be fast"})
+    workers: int = field(
+        default=1, metadata={"help": "processes that a cohort is split over; 1: this one. It changes no bit"}
+    )
 
     def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise RecipeError(f"runtime.workers must be at least 1, not {self.workers}")
         if self.lanes < 0:
             raise RecipeError(f"runtime.lanes must be a number of clients, or 0 for the default, not {self.lanes}")
 
     def open(self, model: Declared, local: LocalSettings) -> Runtime:
         """The runtime for one model and one kind of visit."""
         lanes = self.lanes or (COMPILED_LANES if self.compile else PLAIN_LANES)
-        return Cohort(make_step(model.shared, local), lanes, self.compile)
+        cohort = Cohort(make_step(model.shared, local), lanes, self.compile)
+        return cohort if self.workers == 1 else Crew(cohort, self.workers)
 
 
 class Cohort:
@@ -193,7 +200,7 @@ class Desk:
     def load_own(self, lane: int, client: int) -> None:
         """Put a client's own parameters into a lane."""
         for name, values in self._own.items():
-            values[lane] = torch.from_numpy(self._work.states[name][client])
+            values[lane] = torch.from_numpy(self._work.states[name])[client]
 
     def load_batch(self, lanes: IntArray, clients: IntArray, at: IntArray) -> None:
         """Put the batches ``at`` of ``clients`` into ``lanes``."""
@@ -222,7 +229,7 @@ class Starts:
         self._state = step.init(self._of(0)) if len(work) else {}
 
     def _of(self, client: int) -> dict[str, Tensor]:
-        return self._shared | {name: torch.from_numpy(value[client]) for name, value in self._work.states.items()}
+        return self._shared | {name: torch.from_numpy(value)[client] for name, value in self._work.states.items()}
 
     def room(self, lanes: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Parameters and states for so many lanes, not yet anybody's."""

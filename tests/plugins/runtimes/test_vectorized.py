@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fedtower.plugins.runtimes.vectorized.runtime import Vectorized
 from fedtower.recsys.testing.runtime import RuntimePromises
 
@@ -12,5 +14,12 @@ class TestOperationByOperation(RuntimePromises):
         return Vectorized(compile=False)
 
 
+@pytest.mark.soak  # it compiles some forty graphs
 class TestCompiled(RuntimePromises):
     make = Vectorized
+
+
+class TestWorkers(RuntimePromises):
+    @staticmethod
+    def make() -> Vectorized:
+        return Vectorized(compile=False, workers=2)
