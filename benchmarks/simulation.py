@@ -17,10 +17,11 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,19 @@ from fedtower.core.client import ClientData, ClientSide
 from fedtower.core.draws import Draws
 from fedtower.core.hooks import Hooks
 from fedtower.core.plan import LocalSettings, Plan, RowSettings
-from fedtower.core.recipe import Part
+from fedtower.core.recipe import Part, load_recipe
 from fedtower.core.registry import Registry, discover
 from fedtower.core.rows import RowStore
 from fedtower.core.runtime import Work
 from fedtower.core.store import ClientStore
-from fedtower.plugins.aggregators.fedavg import FedAvg
 from fedtower.recsys.batches import SequenceData
 from fedtower.recsys.event_table import EventTable
 from fedtower.recsys.models import Declared, ExampleTower, PlainRows, Schema, SequenceTower, Table, linear
 from fedtower.recsys.population import Population
 from fedtower.recsys.splits import make_split
 from fedtower.recsys.tables import CloudTables
+from fedtower.recsys.tasks import make_task
+from fedtower.recsys.training import Federated, Setting
 from fedtower.recsys.vocabulary import Vocabulary
 
 IntArray = NDArray[np.int64]
@@ -156,8 +158,9 @@ class GivenData:
         shape = (len(clients), int(steps.max()), size)
         place = owner * shape[1] * size + position
         # Only what is a batch's is ever written or read, so padding to the longest visit takes addresses, not memory.
-        vector, items = np.empty((shape[0] * shape[1] * size, 64), np.float32), np.empty(
-            (shape[0] * shape[1] * size, 5, 32), np.float32
+        vector, items = (
+            np.empty((shape[0] * shape[1] * size, 64), np.float32),
+            np.empty((shape[0] * shape[1] * size, 5, 32), np.float32),
         )
         weight = np.zeros(shape, dtype=np.float32)
         vector[place], items[place] = self.vectors[self.seen[at]], self.items[chosen]
@@ -204,7 +207,9 @@ def tower(registry: Registry) -> Workload:
     declared = Declared(GivenTower(torch.Generator().manual_seed(1)))
     # Forward, weight gradients, and the gradient of the hidden layer, of full batches.
     flops = data.mean_steps * 32 * 2 * (2 * (64 * 64 + 64 * 32) + 64 * 32)
-    summary = f"user tower 64-64-32 on given vectors, BCE, 4 negatives, SGD, one epoch of 32: {data.mean_steps:.2f} steps"
+    summary = (
+        f"user tower 64-64-32 on given vectors, BCE, 4 negatives, SGD, one epoch of 32: {data.mean_steps:.2f} steps"
+    )
     return Workload("tower", summary, declared, LocalSettings(epochs=1, lr=0.05, loss="bce"), data, None, flops)
 
 
@@ -215,7 +220,9 @@ def dssm(registry: Registry) -> Workload:
     model = registry.make("model", Part("dssm", {"dim": 64}), path="model")
     declared = model.declare(schema, torch.Generator().manual_seed(1))
     local = LocalSettings(steps=1, lr=1.0, negatives=200, history_length=100)
-    return _sequences("dssm", "dssm-ml-1m: one step of 32, 200 negatives, 100 events of history", declared, local, population)
+    return _sequences(
+        "dssm", "dssm-ml-1m: one step of 32, 200 negatives, 100 events of history", declared, local, population
+    )
 
 
 def unseen(registry: Registry) -> Workload:
@@ -227,7 +234,9 @@ def unseen(registry: Registry) -> Workload:
         PlainRows(32),
         on_device=("own",),
     )
-    local = LocalSettings(steps=3, lr=0.01, optimizer="adam", row_lr=0.1, negatives=50, history_length=50, batch_size=16)
+    local = LocalSettings(
+        steps=3, lr=0.01, optimizer="adam", row_lr=0.1, negatives=50, history_length=50, batch_size=16
+    )
     summary = "attention over 50 events, a vector of the user's own, Adam, up to 3 steps of 16, 50 negatives"
     return _sequences("unseen", summary, declared, local, population)
 
@@ -254,9 +263,7 @@ def in_memory(registry: Registry) -> Population:
     )
 
 
-def _sequences(
-    name: str, summary: str, declared: Declared, local: LocalSettings, population: Population
-) -> Workload:
+def _sequences(name: str, summary: str, declared: Declared, local: LocalSettings, population: Population) -> Workload:
     draws = Draws(1)
     split = make_split("leave_one_out", population, validation=True, test_fraction=0.1, draws=draws)
     rows = CloudTables(declared, population.item_features, RowSettings(), torch.Generator().manual_seed(2))
@@ -368,11 +375,62 @@ def show(result: dict[str, Any], workload: Workload, peak: float) -> None:
         best = max(rows, key=lambda name: rows[name]["clients/s"])
         limit = workload.flops / peak / 1e3
         result["limit CPU us/client"] = limit
-        print(f"  matrix products at this core's library peak of {peak:.0f} GFLOP/s: {limit:.0f} CPU us a client, so "
-              f"{best} spends {rows[best]['CPU us/client'] / limit:.1f} times the limit")
+        print(
+            f"  matrix products at this core's library peak of {peak:.0f} GFLOP/s: {limit:.0f} CPU us a client, so "
+            f"{best} spends {rows[best]['CPU us/client'] / limit:.1f} times the limit"
+        )
         result["elsewhere"] = {name: rows[best]["clients/s"] / value for name, value in ELSEWHERE.items()}
         for name, value in ELSEWHERE.items():
             print(f"  {rows[best]['clients/s'] / value:8.2f} x {name} ({value:,.0f} clients/s, measured elsewhere)")
+
+
+def populations(args: argparse.Namespace) -> list[dict[str, float]]:
+    """Rounds of one cohort size in populations of 100 to 1,000,000, each in a fresh process."""
+    print(f"{'population':>10s} {'s/round':>9s} {'CPU s/round':>12s} {'RSS MB':>8s} {'growth MB/round':>16s}")
+    rows = []
+    for population in (100, 1_000, 10_000, 100_000, 1_000_000):
+        command = [sys.executable, __file__, "--one", str(population), "--rounds", str(args.rounds)]
+        done = subprocess.run([*command, "--cohort", str(args.cohort)], capture_output=True, text=True, check=True)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        row = rows[-1]
+        print(
+            f"{population:10,d} {row['seconds']:9.3f} {row['CPU seconds']:12.3f} {row['RSS MB']:8.0f} "
+            f"{row['growth MB/round']:16.2f}",
+            flush=True,
+        )
+    return rows
+
+
+def one_population(population: int, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds and memory of rounds of ``dssm-synthetic``, each client with a vector of her own, evaluation left out."""
+    registry = discover(folder=None)
+    told = [f"data.users={population}", f"cohort.size={min(args.cohort, population)}", "model.user_vector=true"]
+    told += ['runtime.name="vectorized"', f"rounds={args.rounds + 3}"]
+    recipe = load_recipe("dssm-synthetic", told, registry)
+    draws = Draws(recipe.seed)
+    data = registry.make("dataset", recipe.data.part, path="data").load(draws=draws, progress=lambda message: None)
+    setting = Setting(recipe, registry, make_task(data, recipe, draws), Hooks.none(), draws, time.monotonic)
+    rounds = Federated(setting).rounds()
+    for _ in range(3):  # compiles, and fills the caches of the data set
+        next(rounds)
+    before, cpu, seconds = _rss(), [], []
+    for _ in range(args.rounds):
+        used, started = cpu_seconds(), time.perf_counter()
+        next(rounds)
+        seconds.append(time.perf_counter() - started)
+        cpu.append(cpu_seconds() - used)
+    return {
+        "population": population,
+        "seconds": statistics.median(seconds),
+        "CPU seconds": statistics.median(cpu),
+        "RSS MB": _rss(),
+        "growth MB/round": (_rss() - before) / args.rounds,
+    }
+
+
+def _rss() -> float:
+    """Resident megabytes of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -384,7 +442,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--block", type=int, default=COHORT, help="clients visited together")
     parser.add_argument("--runtimes", nargs="*", help="names, with settings as in vectorized:workers=2")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("simulation.json"))
+    parser.add_argument("--population", action="store_true", help="populations of 100 to 1,000,000 instead")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    if args.one:
+        print(json.dumps(one_population(args.one, args)))
+        return
+    if args.population:
+        args.out.with_name("simulation-population.json").write_text(json.dumps(populations(args), indent=1) + "\n")
+        return
     registry = discover(folder=None)
     offered = {offer.name for offer in registry.offers("runtime")}
     names = args.runtimes or [name for name in DEFAULT if name.partition(":")[0] in offered]
@@ -394,8 +460,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         workload = WORKLOADS[name](registry)
         results.append(measure(workload, names, registry, args))
         show(results[-1], workload, peak)
-    told = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__,
-            "python": platform.python_version(), "peak GFLOP/s": peak, "results": results}
+    told = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "peak GFLOP/s": peak,
+        "results": results,
+    }
     args.out.write_text(json.dumps(told, indent=1) + "\n")
 
 
