@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -11,24 +11,46 @@ from numpy.typing import NDArray
 from fedtower.core.draws import Draws
 from fedtower.core.errors import DataError
 from fedtower.core.testing.promises import Promises, assert_same_bits
+from fedtower.recsys.examples import ExampleDataset, ExampleSet
 from fedtower.recsys.history import Dataset, Events, Population
+
+ROLES: tuple[Literal["validation", "test"], ...] = ("validation", "test")
 
 
 class DatasetPromises(Promises):
-    """``make`` gives a data set that can be loaded where the tests run; the first fifty clients are looked at."""
+    """``make`` gives a data set that can be loaded where the tests run; the first fifty clients are looked at.
+
+    It holds histories or labelled examples; what it gives says which.
+    """
 
     @pytest.fixture
-    def population(self) -> Population:
-        """The population, loaded with seed 7."""
+    def data(self) -> Population | ExampleSet:
+        """What the data set holds, loaded with seed 7."""
         return self.load()
 
-    def load(self) -> Population:
+    @pytest.fixture
+    def population(self, data: Population | ExampleSet) -> Population:
+        """The population; of a data set of examples there is nothing to prove."""
+        if isinstance(data, ExampleSet):
+            pytest.skip("this data set holds labelled examples")
+        return data
+
+    @pytest.fixture
+    def examples(self, data: Population | ExampleSet) -> ExampleSet:
+        """The examples; of a data set of histories there is nothing to prove."""
+        if not isinstance(data, ExampleSet):
+            pytest.skip("this data set holds histories")
+        return data
+
+    def load(self) -> Population | ExampleSet:
         """Load the data anew."""
         told: list[str] = []
-        dataset: Dataset = self.made()
-        population = dataset.load(draws=Draws(7), progress=told.append)
+        dataset: Dataset | ExampleDataset = self.made()
+        data = dataset.load(draws=Draws(7), progress=told.append)
         assert all(isinstance(message, str) for message in told)
-        return population
+        return data
+
+    # Of histories
 
     def test_somebody_is_there_and_the_card_says_so(self, population: Population) -> None:
         assert population.num_clients > 0
@@ -68,6 +90,7 @@ class DatasetPromises(Promises):
 
     def test_loading_again_gives_the_same(self, population: Population) -> None:
         again = self.load()
+        assert not isinstance(again, ExampleSet)
         clients = _some(population)
         assert_same_bits(_all(again.events(clients)), _all(population.events(clients)))
         assert_same_bits(again.user_features(clients), population.user_features(clients))
@@ -107,8 +130,66 @@ class DatasetPromises(Promises):
             assert not np.any((held.negatives == held.items[:, None]) & (held.items[:, None] >= 0))
 
 
-def _some(population: Population) -> NDArray[np.int64]:
-    return np.arange(min(population.num_clients, 50), dtype=np.int64)
+    # Of labelled examples
+
+    def test_there_are_examples_and_the_card_says_how_many(self, examples: ExampleSet) -> None:
+        assert examples.num_clients > 0
+        assert examples.card.clients == examples.num_clients
+        everyone = examples.examples(np.arange(examples.num_clients, dtype=np.int64))
+        counts = len(everyone.labels), *(len(examples.held_out(role).labels) for role in ROLES)
+        assert counts == (examples.card.training, examples.card.validation, examples.card.test)
+        assert counts[0] > 0
+        assert counts[-1] > 0, "there is nothing to judge a model on"
+        assert examples.card.name
+
+    def test_examples_are_of_the_shapes_and_values_that_are_said(self, examples: ExampleSet) -> None:
+        clients = _some(examples)
+        held = examples.examples(clients)
+        assert_same_bits(held.clients, clients)
+        edges = np.concatenate([[0], np.cumsum(examples.cardinalities)]).astype(np.int64)
+        for each in (held, *(examples.held_out(role) for role in ROLES)):
+            count = int(each.offsets[-1])
+            assert each.offsets[0] == 0
+            assert np.all(np.diff(each.offsets) >= 0)
+            assert (each.dense.shape, each.dense.dtype) == ((count, *examples.dense_shape), np.float32)
+            assert (each.labels.shape, each.labels.dtype) == ((count,), np.float32)
+            assert each.categories.shape == (count, len(examples.cardinalities))
+            assert np.issubdtype(each.categories.dtype, np.int64)
+            assert np.all(np.isfinite(each.dense))
+            assert np.all((each.categories >= edges[:-1]) & (each.categories < edges[1:])), "a row of another field"
+            assert set(each.labels.tolist()) <= set(range(examples.num_classes or 2))
+
+    def test_who_else_is_asked_for_changes_no_example(self, examples: ExampleSet) -> None:
+        clients = _some(examples)[:7][::-1]
+        together = examples.examples(clients)
+        for place, client in enumerate(clients):
+            part = slice(*together.offsets[place : place + 2])
+            alone = examples.examples(np.array([client]))
+            for name in ("dense", "categories", "labels"):
+                assert_same_bits(getattr(alone, name), getattr(together, name)[part], f"{name} of client {client}")
+
+    def test_nobody_has_no_examples(self, examples: ExampleSet) -> None:
+        nobody = examples.examples(np.zeros(0, dtype=np.int64))
+        assert (len(nobody.clients), nobody.offsets.tolist(), len(nobody.labels)) == (0, [0], 0)
+        assert nobody.dense.shape == (0, *examples.dense_shape)
+
+    def test_loading_again_gives_the_same_examples(self, examples: ExampleSet) -> None:
+        again, clients = self.load(), _some(examples)
+        assert isinstance(again, ExampleSet)
+        pairs = [(again.examples(clients), examples.examples(clients))]
+        pairs += [(again.held_out(role), examples.held_out(role)) for role in ROLES]
+        for one, other in pairs:
+            for name in ("offsets", "dense", "categories", "labels"):
+                assert_same_bits(getattr(one, name), getattr(other, name), name)
+
+    def test_examples_of_a_client_that_is_not_there_are_refused(self, examples: ExampleSet) -> None:
+        for stranger in (-1, examples.num_clients):
+            with pytest.raises((DataError, IndexError)):
+                examples.examples(np.array([stranger]))
+
+
+def _some(data: Population | ExampleSet) -> NDArray[np.int64]:
+    return np.arange(min(data.num_clients, 50), dtype=np.int64)
 
 
 def _client(events: Events, place: int) -> tuple[Any, ...]:

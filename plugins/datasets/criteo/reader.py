@@ -92,7 +92,7 @@ def _parse(path: Path, block: bytes) -> Lines:
         DataError: see :func:`read`.
     """
     names = [column.name for column in LAYOUT.columns]
-    dtypes: Any = {**dict.fromkeys(INTEGERS, "float64"), **dict.fromkeys(CATEGORIES, "category"), "label": "float64"}
+    dtypes: Any = {**dict.fromkeys(INTEGERS, "float64"), **dict.fromkeys(CATEGORIES, "str"), "label": "float64"}
     _check_columns(path, block)
     try:
         with warnings.catch_warnings():
@@ -135,8 +135,8 @@ def _check_columns(path: Path, block: bytes) -> None:
 
 def _words(path: Path, column: pd.Series[Any]) -> IntArray:
     """A column of eight hexadecimal digits as numbers."""
-    known = column.cat.categories.astype("str")
-    if len(known) and not known.str.fullmatch("[0-9a-f]{8}").all():
+    codes, known = pd.factorize(column)  # "category" as a type would take 00000010 for a number
+    if len(known) and not pd.Series(known).str.fullmatch("[0-9a-f]{8}").all():
         raise LAYOUT.refusal(path, f"the column {column.name!r} holds something else than 8 hexadecimal digits")
-    words = np.array([int(text, 16) for text in known] + [MISSING], dtype=np.int64)
-    return words[column.cat.codes.to_numpy(np.int64)]  # the code of a missing value is -1: the last
+    words = np.array([*(int(text, 16) for text in known), MISSING], dtype=np.int64)
+    return words[codes]  # the code of a missing value is -1: the last

@@ -97,7 +97,10 @@ class MNIST:
         count = len(labels)
         pieces = self.clients * (self.shards_per_client if self.partition == "shards" else 1)
         if pieces > count:
-            raise DataError(f"{count:,} training images cannot be cut into {pieces:,} parts; set fewer data.clients")
+            raise DataError(
+                f"{count:,} training images cannot be cut into {pieces:,} parts; set fewer data.clients, or fewer "
+                f"data.validation_images"
+            )
         piece = np.arange(count, dtype=np.int64) * pieces // count
         order = draws.permutation(count, "mnist images")
         if self.partition == "iid":

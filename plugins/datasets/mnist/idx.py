@@ -15,6 +15,7 @@ from fedtower.core.errors import DataError
 from fedtower.recsys.layout import open_bytes
 
 _UNSIGNED_BYTES = 0x08
+_PIECE = 1 << 20
 
 
 def read(path: Path, dimensions: int) -> NDArray[np.uint8]:
@@ -35,12 +36,14 @@ def read(path: Path, dimensions: int) -> NDArray[np.uint8]:
                 f"dimensions), got {magic} ({magic:#06x}); is it another of the four files?"
             )
         size = int(np.prod(shape, dtype=object))
-        # One byte more than there should be is enough to know of; a hostile head must not make us reserve anything.
-        body = file.read(size + 1)
+        # Piece by piece: a head that lies must not make us reserve what it says, nor a bomb make us unpack it all.
+        body = bytearray()
+        while len(body) <= size and (piece := file.read(_PIECE)):
+            body += piece
     if len(body) != size:
         there = f"{len(body):,}" if len(body) < size else "more"
         raise DataError(
             f"{path}: expected {size:,} bytes after the head, as its sizes {' x '.join(map(str, shape))} say, got "
             f"{there}; fetch the file again"
         )
-    return np.frombuffer(body, dtype=np.uint8).reshape(shape)
+    return np.frombuffer(bytes(body), dtype=np.uint8).reshape(shape)
