@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
-import os
 import platform
 import tempfile
 import warnings
@@ -96,7 +95,7 @@ def _compile(graph: GraphModule, example: Sequence[Tensor], place: Path) -> None
         warnings.simplefilter("ignore")  # torch's own, of torch
         made = Path(folder) / place.name
         aot_compile(graph, tuple(example), options={**_OPTIONS, "aot_inductor.output_path": str(made)})
-        os.replace(made, place)  # whoever looks finds all of it or nothing
+        made.replace(place)  # whoever looks finds all of it or nothing
 
 
 def _load(place: Path) -> Flat:

@@ -11,6 +11,7 @@ import multiprocessing
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
 from typing import Any
@@ -74,7 +75,7 @@ class Crew:
     def train(self, plan: Plan, work: Work) -> tuple[Updates, States]:
         """The updates of the clients of ``work``, and what their device parameters have become."""
         edges = np.cumsum([0, *(len(share) for share in np.array_split(work.clients, self._count))])
-        shares = [_share(work, first, last) for first, last in zip(edges[:-1], edges[1:], strict=True)]
+        shares = [_share(work, first, last) for first, last in pairwise(edges.tolist())]
         told = "resume" if isinstance(work, Prepared) else "train"
         done: list[tuple[Updates, States]] = self._ask([(told, plan, share) for share in shares])
         updates = stack(updates for updates, _ in done if len(updates))

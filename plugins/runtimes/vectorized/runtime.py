@@ -108,14 +108,14 @@ class Cohort:
     def _visit(self, plan: Plan, work: Work, clients: IntArray, width: int, result: Result) -> None:
         """Visits of any number of steps: a lane takes the next client when its own is done."""
         kind = Kind(False, plan.train_rows and bool(work.rows))
-        waiting = iter(clients[np.argsort(-work.steps[clients], kind="stable")])
+        waiting = iter(clients[np.argsort(-work.steps[clients], kind="stable")].tolist())
         desk = Desk(work, self._lanes, width)
         held = np.full(self._lanes, -1, dtype=np.int64)
         at = np.zeros(self._lanes, dtype=np.int64)
         starts = Starts(self._step, plan, work)
         parameters, states = starts.room(self._lanes)
         while True:
-            for lane in np.flatnonzero(held < 0):
+            for lane in np.flatnonzero(held < 0).tolist():
                 client = next(waiting, None)
                 if client is None:
                     break
@@ -126,9 +126,7 @@ class Cohort:
             if not len(busy):
                 return
             desk.load_batch(busy, held[busy], at[busy])
-            parameters, states, rows, losses = self._run(
-                desk.lanes(parameters, states, plan), kind, common=frozenset()
-            )
+            parameters, states, rows, losses = self._run(desk.lanes(parameters, states, plan), kind, common=frozenset())
             desk.rows |= rows
             result.losses[held[busy]] += losses.numpy()[busy].astype(np.float64) / work.steps[held[busy]]
             at[busy] += 1

@@ -1,17 +1,50 @@
-"""The fast runtime: the numbers of the plain loop, and the same bits whatever the block."""
+"""The fast runtime: the numbers of the plain loop, and the same bits whatever the block and the workers."""
 
 from __future__ import annotations
 
-import pytest
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from fedtower.plugins.runtimes.vectorized.runtime import Vectorized
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from fedtower.core.client import ClientSide, Preparing
+from fedtower.core.draws import Draws
+from fedtower.core.errors import RecipeError
+from fedtower.core.hooks import Hooks
+from fedtower.core.plan import Plan
+from fedtower.core.rows import RowIds
+from fedtower.core.runtime import Work
+from fedtower.core.store import ClientStore
+from fedtower.core.testing.promises import assert_close, assert_same_bits
+from fedtower.core.updates import Updates, stack
+from fedtower.plugins.runtimes.torch_loop.runtime import TorchLoop
+from fedtower.plugins.runtimes.vectorized import compiled
+from fedtower.plugins.runtimes.vectorized.crew import Crew, WorkerDied
+from fedtower.plugins.runtimes.vectorized.runtime import FEWEST_ROWS, Vectorized, by_rows
+from fedtower.recsys.testing.examples import Case, cases
 from fedtower.recsys.testing.runtime import RuntimePromises
+
+CASES = cases()
+PLAIN = Vectorized(compile=False)
 
 
 class TestOperationByOperation(RuntimePromises):
     @staticmethod
     def make() -> Vectorized:
-        return Vectorized(compile=False)
+        return PLAIN
+
+
+class TestWorkers(RuntimePromises):
+    @staticmethod
+    def make() -> Vectorized:
+        return Vectorized(compile=False, workers=2)
 
 
 @pytest.mark.soak  # it compiles some forty graphs
@@ -19,7 +52,200 @@ class TestCompiled(RuntimePromises):
     make = Vectorized
 
 
-class TestWorkers(RuntimePromises):
-    @staticmethod
-    def make() -> Vectorized:
-        return Vectorized(compile=False, workers=2)
+@pytest.fixture(params=sorted(CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "compiled"])
+def runtime(request: pytest.FixtureRequest) -> Vectorized:
+    return Vectorized(compile=request.param)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Clients whose work is made already: client c has place c of it."""
+
+    whole: Work
+
+    def work(self, plan: Plan, clients: NDArray[np.int64]) -> Work:
+        return replace(take(self.whole, clients), rows={}, states={})
+
+
+def take(work: Work, clients: NDArray[np.int64]) -> Work:
+    """The work of some clients, in this order."""
+    row_ids, rows = {}, {}
+    for source, needed in work.row_ids.items():
+        parts = [slice(*needed.offsets[client : client + 2]) for client in clients]
+        offsets = np.concatenate([[0], np.cumsum([part.stop - part.start for part in parts])]).astype(np.int64)
+        row_ids[source] = RowIds(offsets, np.concatenate([needed.ids[part] for part in parts]))
+        rows[source] = np.concatenate([work.rows[source][part] for part in parts])
+    return Work(
+        work.clients[clients],
+        work.steps[clients],
+        work.examples[clients],
+        {name: value[clients] for name, value in work.inputs.items()},
+        {name: value[clients] for name, value in work.slots.items()},
+        row_ids,
+        rows,
+        {name: value[clients] for name, value in work.states.items()},
+    )
+
+
+def in_blocks(runtime: Vectorized, case: Case, plan: Plan, work: Work, size: int) -> Updates:
+    opened = runtime.open(case.model, plan.local)
+    places = np.arange(len(work))
+    blocks = [opened.train(plan, take(work, places[at : at + size]))[0] for at in range(0, len(work), size)]
+    if isinstance(opened, Crew):
+        opened.close()
+    return stack(blocks)
+
+
+def test_the_same_bits_in_blocks_of_1_7_and_64_and_with_2_workers(case: Case, runtime: Vectorized) -> None:
+    plan, work = case.plan(), case.work(clients=64)
+    whole = in_blocks(runtime, case, plan, work, 64)
+    for size in (1, 7):
+        assert_same_bits(in_blocks(runtime, case, plan, work, size), whole)
+    for size in (7, 64):
+        assert_same_bits(in_blocks(replace(runtime, workers=2), case, plan, work, size), whole)
+
+
+def test_a_single_step_has_the_same_bits_whatever_the_block(case: Case, runtime: Vectorized) -> None:
+    plan, work = case.plan(steps=1), case.work(clients=40)
+    work = replace(work, steps=np.minimum(work.steps, 1))
+    whole = in_blocks(runtime, case, plan, work, 40)
+    for size in (1, 7):
+        assert_same_bits(in_blocks(runtime, case, plan, work, size), whole)
+
+
+def test_it_agrees_with_the_plain_loop_to_a_millionth(case: Case, runtime: Vectorized) -> None:
+    plan, work = case.plan(), case.work(clients=20)
+    loop, _ = TorchLoop().open(case.model, plan.local).train(plan, work)
+    fast, _ = runtime.open(case.model, plan.local).train(plan, work)
+    scale = max(float(np.abs(delta).max()) for delta in loop.dense.values())
+    assert_close(fast, loop, rtol=1e-6, atol=1e-6 * scale)
+
+
+def test_ragged_clients_fill_few_lanes_in_vain() -> None:
+    case = CASES["clicks"]
+    plan, work = case.plan(), case.work(clients=64)
+    calls: list[int] = []
+    opened = PLAIN.open(case.model, plan.local)
+    run = opened._run  # type: ignore[attr-defined]
+    opened._run = lambda *arguments, **named: calls.append(1) or run(*arguments, **named)  # type: ignore[attr-defined]
+    opened.train(plan, work)
+    assert len(calls) <= -(-int(work.steps.sum()) // 32) + int(work.steps.max())
+
+
+def test_rows_are_padded_to_few_sizes() -> None:
+    lengths = np.array([0, 1, FEWEST_ROWS, FEWEST_ROWS + 1, 5 * FEWEST_ROWS])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    none = np.zeros(len(lengths), dtype=np.int64)
+    work = Work(none, none, none, {}, {}, {"item": RowIds(offsets, np.zeros(offsets[-1], dtype=np.int64))})
+    groups = {width: clients.tolist() for width, clients in by_rows(work)}
+    assert groups == {FEWEST_ROWS: [0, 1, 2], 2 * FEWEST_ROWS: [3], 8 * FEWEST_ROWS: [4]}
+
+
+def test_a_second_run_compiles_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, work = case.plan(), case.work()
+    first, _ = Vectorized().open(case.model, plan.local).train(plan, work)
+    monkeypatch.setattr(compiled, "_compile", lambda *arguments: pytest.fail("it was compiled again"))
+    monkeypatch.setattr(compiled, "_warn_once", lambda reason: pytest.fail(reason))
+    again, _ = Vectorized().open(case.model, plan.local).train(plan, work)
+    assert_same_bits(again, first)
+
+
+def test_without_a_compiler_it_runs_and_says_why_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = CASES["clicks"]
+    plan, work = case.plan(), case.work()
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    monkeypatch.setattr(compiled, "cache_folder", lambda: tmp_path)
+    compiled._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="fedtower.vectorized"):
+        for _ in range(2):
+            slow, _ = Vectorized().open(case.model, plan.local).train(plan, work)
+    assert len(caplog.records) == 1
+    assert "could not be compiled" in caplog.text
+    assert "g++" in caplog.text
+    lanes = Vectorized(compile=False, lanes=8)
+    assert_same_bits(slow, lanes.open(case.model, plan.local).train(plan, work)[0])
+
+
+@pytest.fixture
+def crew() -> Iterator[tuple[Case, Plan, Work, Crew]]:
+    case = CASES["clicks"]
+    plan, work = case.plan(), case.work(clients=9)
+    opened = Vectorized(compile=False, workers=2).open(case.model, plan.local)
+    assert isinstance(opened, Crew)
+    yield case, plan, work, opened
+    opened.close()
+
+
+def test_workers_prepare_what_they_train(crew: tuple[Case, Plan, Work, Crew]) -> None:
+    case, plan, work, opened = crew
+    assert isinstance(opened, Preparing)
+    clients = np.array([1, 2, 3, 5, 8])
+    prepared = opened.prepares(Given(work)).work(plan, clients)
+    assert not prepared.inputs
+    part = take(work, clients)
+    updates, states = opened.train(plan, replace(prepared, rows=part.rows, states=part.states))
+    wanted, own = PLAIN.open(case.model, plan.local).train(plan, part)
+    assert_same_bits(updates, wanted)
+    assert_same_bits(dict(states), dict(own))
+
+
+def test_a_worker_s_error_is_raised_here(crew: tuple[Case, Plan, Work, Crew]) -> None:
+    _, plan, work, opened = crew
+    with pytest.raises(TypeError) as raised:  # what Given says of a client that it does not have
+        opened.prepares(Given(work)).work(plan, np.array([3, 1_000]))
+    assert "worker process" in raised.value.__notes__[0]
+    assert len(opened.work(plan, np.array([3, 4])).clients) == 2, "it goes on afterwards"
+
+
+def test_a_killed_worker_is_told_of(crew: tuple[Case, Plan, Work, Crew]) -> None:
+    _, plan, work, opened = crew
+    opened.prepares(Given(work)).work(plan, np.array([3, 4]))
+    victim = opened._workers[1].process
+    assert victim.pid is not None
+    os.kill(victim.pid, signal.SIGKILL)
+    with pytest.raises(WorkerDied, match=r"worker 1 .* exit code -9"):
+        opened.work(plan, np.array([3, 4]))
+
+
+def test_a_visit_is_the_same_with_workers(crew: tuple[Case, Plan, Work, Crew]) -> None:
+    case, plan, work, opened = crew
+    sides = []
+    for runtime in (PLAIN.open(case.model, plan.local), opened):
+        data = runtime.prepares(Given(work)) if isinstance(runtime, Preparing) else Given(work)
+        store = ClientStore(9)
+        for name, value in case.model.device_parameters().items():
+            store.declare(name, value)
+        own = case.model.on_device
+        sides.append(ClientSide(data, runtime, Rows(), (), store, Hooks.none(), Draws(1), device_state=own))
+    clients = np.arange(9)
+    assert_same_bits(sides[1].visit(plan, clients), sides[0].visit(plan, clients))
+    assert_same_bits(sides[1].visit(plan, clients), sides[0].visit(plan, clients))  # what stayed on the devices counts
+    assert_same_bits(dict(sides[1].store.snapshot()), dict(sides[0].store.snapshot()))
+
+
+class Rows:
+    """Rows that are a function of their ids."""
+
+    generation = 0
+
+    def fetch(self, source: str, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.sin(ids[:, None] + np.arange(4)[None, :]).astype(np.float32)
+
+    def apply(self, deltas: object, lr_scale: float) -> None: ...
+    def snapshot(self) -> dict[str, NDArray[np.float32]]:
+        return {}
+
+    def restore(self, arrays: object) -> None: ...
+
+
+@pytest.mark.parametrize("settings", [{"workers": 0}, {"lanes": -1}])
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(RecipeError, match="runtime"):
+        Vectorized(**settings)  # type: ignore[arg-type]
