@@ -22,6 +22,7 @@ from fedtower.core.recipe import load_recipe
 from fedtower.core.registry import Registry
 from fedtower.core.settings import Part, build, build_part
 from fedtower.recsys.archive import Archive, cache_folder, fetch
+from fedtower.recsys.examples import ExampleCard, ExampleDataset
 from fedtower.recsys.population import DataCard, Dataset
 from fedtower.recsys.units import in_count, in_percent
 
@@ -56,7 +57,7 @@ def data() -> None:
 def card(registry: Registry, name: str, overrides: Sequence[str], as_json: bool) -> None:
     """Load a data set, of a recipe or by its own name, and print its card."""
     part, seed = _part(registry, name, overrides)
-    dataset: Dataset = registry.make("dataset", part, path="data")
+    dataset: Dataset | ExampleDataset = registry.make("dataset", part, path="data")
     notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     found = dataset.load(draws=Draws(seed), progress=lambda text: notes.print(text, style="dim")).card
     if as_json:
@@ -94,21 +95,17 @@ def fetch_command(
     console.print(f"{archive.folder} is in {folder}\nNext: fedtower data card {name}" + _again(part))
 
 
-def card_table(found: DataCard) -> Table:
+def card_table(found: DataCard | ExampleCard) -> Table:
     """A data card for a terminal."""
     table = Table(title=Text(found.name), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     shown = found.to_dict()
-    span = [str(shown[edge])[:10] for edge in ("first_time", "last_time") if shown[edge] is not None]
-    rows = {
-        "users": in_count(found.users),
-        "items": in_count(found.items),
-        "interactions": in_count(found.interactions),
-        "density": in_percent(found.density),
-        "time span": " to ".join(span) or "unknown",
-        **found.extra,
-    }
+    rows = {noun: in_count(value) for noun, value in shown.items() if isinstance(value, int)}
+    if isinstance(found, DataCard):
+        span = [str(shown[edge])[:10] for edge in ("first_time", "last_time") if shown[edge] is not None]
+        rows |= {"density": in_percent(found.density), "time span": " to ".join(span) or "unknown"}
+    rows |= found.extra
     for noun, text in rows.items():
         table.add_row(noun, Text(text))
     return table

@@ -97,9 +97,9 @@ def as_dense(schema: Schema | ExampleSchema, model: str) -> ExampleSchema:
     return schema
 
 
-def as_images(schema: Schema | ExampleSchema, model: str, smallest: int) -> tuple[int, int, int]:
-    """Channels, height and width of classified images, at least ``smallest`` high and wide. Raises RecipeError for any
-    other data.
+def as_images(schema: Schema | ExampleSchema, model: str, smallest: int) -> tuple[ExampleSchema, tuple[int, int, int]]:
+    """The schema of classified images, at least ``smallest`` high and wide, and their channels, height and width.
+    Raises RecipeError for any other data.
     """
     schema = as_dense(schema, model)
     shape = schema.dense if len(schema.dense) == 3 else (1, *schema.dense)
@@ -109,7 +109,7 @@ def as_images(schema: Schema | ExampleSchema, model: str, smallest: int) -> tupl
             f"set has the shape {schema.dense} and {schema.num_classes or 'no'} classes; choose a model.name such as "
             f"mlp, or a data set such as mnist"
         )
-    return shape
+    return schema, shape
 
 
 @dataclass(frozen=True)

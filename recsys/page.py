@@ -113,7 +113,11 @@ def _key_figures(runs: Sequence[Told]) -> Markup | None:
     for name in record.first(ours)[:2]:
         beside = labels[0]
         if base.get(name):
-            beside = f"{ours[name] / base[name]:.2f} times {against}" if _is_share(name) else f"{against} {figure(base[name])}"
+            beside = (
+                f"{ours[name] / base[name]:.2f} times {against}"
+                if _is_share(name)
+                else f"{against} {figure(base[name])}"
+            )
         tiles.append((name, figure(ours[name]), beside))
     tiles.append(
         ("Time", in_seconds(record.total("seconds")), f"{_mean(record, 'seconds', in_seconds)} a {runs[0].unit}")
@@ -379,7 +383,9 @@ def _judged(runs: Sequence[Told], label: str) -> str:
         if event.get("label") == label
     )
     said = " / ".join(
-        f"{in_count(cases)} cases" + (f" of {in_count(users)} users" if users else "") for cases, users in counts if cases
+        f"{in_count(cases)} cases" + (f" of {in_count(users)} users" if users else "")
+        for cases, users in counts
+        if cases
     )
     return f"; {said}" if said else ""
 

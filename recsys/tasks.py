@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedtower.core.client import ClientData
 from fedtower.core.draws import Draws
-from fedtower.core.errors import DataError, RecipeError
+from fedtower.core.errors import RecipeError
 from fedtower.core.plan import Plan
 from fedtower.core.recipe import Recipe
 from fedtower.core.runtime import Work
@@ -141,7 +141,9 @@ class Histories:
             RecipeError: a share of an epoch was asked for, which there is not of histories.
         """
         if self.recipe.local.share < 1.0:
-            raise RecipeError("local.share is for labelled examples; of histories, local.steps says how much a visit is")
+            raise RecipeError(
+                "local.share is for labelled examples; of histories, local.steps says how much a visit is"
+            )
         return SequenceData(self.population, self.split, self.draws)
 
     def features(self, ids: IntArray) -> FloatArray:
@@ -222,8 +224,9 @@ class Labelled:
         """
         if self.examples.counted_over_everyone:
             raise RecipeError(
-                "data.categories = 'counted' builds a vocabulary from the rows of all clients, and so would tell what "
-                "they hold: use data.categories = 'hashed', or mode = 'standalone'"
+                "this data numbers its categories by a vocabulary that was counted over the rows of all clients, and "
+                "so tells what they hold: let it hash them (of criteo: data.categories = 'hashed'), or set "
+                "mode = 'standalone'"
             )
         return ExampleData(self.examples, self.draws)
 

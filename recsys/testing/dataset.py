@@ -129,7 +129,6 @@ class DatasetPromises(Promises):
             assert np.all((held.negatives >= -1) & (held.negatives < known))
             assert not np.any((held.negatives == held.items[:, None]) & (held.items[:, None] >= 0))
 
-
     # Of labelled examples
 
     def test_there_are_examples_and_the_card_says_how_many(self, examples: ExampleSet) -> None:
@@ -151,8 +150,9 @@ class DatasetPromises(Promises):
             count = int(each.offsets[-1])
             assert each.offsets[0] == 0
             assert np.all(np.diff(each.offsets) >= 0)
-            assert (each.dense.shape, each.dense.dtype) == ((count, *examples.dense_shape), np.float32)
-            assert (each.labels.shape, each.labels.dtype) == ((count,), np.float32)
+            assert each.dense.shape == (count, *examples.dense_shape)
+            assert each.labels.shape == (count,)
+            assert each.dense.dtype == each.labels.dtype == np.float32
             assert each.categories.shape == (count, len(examples.cardinalities))
             assert np.issubdtype(each.categories.dtype, np.int64)
             assert np.all(np.isfinite(each.dense))

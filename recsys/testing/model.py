@@ -39,13 +39,10 @@ class ModelPromises(Promises):
     @property
     def kind(self) -> str:
         """Which kind of data the model is for."""
-        for name, (schema, _) in SCHEMAS.items():
-            try:
-                self.declare(schema=schema)
-            except RecipeError:
-                continue
-            return name
-        raise AssertionError(f"the model refuses every kind of data: {', '.join(SCHEMAS)}")
+        refused = self.refusals()
+        suitable = [name for name in SCHEMAS if name not in refused]
+        assert suitable, f"the model refuses every kind of data: {refused}"
+        return suitable[0]
 
     @property
     def schema(self) -> Schema | ExampleSchema:
@@ -56,6 +53,16 @@ class ModelPromises(Promises):
     def loss(self) -> str:
         """A loss that goes with it."""
         return SCHEMAS[self.kind][1]
+
+    def refusals(self) -> dict[str, str]:
+        """What is said of each kind of data that the model is not for."""
+        said = {}
+        for name, (schema, _) in SCHEMAS.items():
+            try:
+                self.declare(schema=schema)
+            except RecipeError as refusal:
+                said[name] = str(refusal)
+        return said
 
     def batch(self, declared: Declared, seed: int = 1) -> tuple[Tensors, Tensors]:
         """One step's slots and inputs."""
@@ -78,11 +85,7 @@ class ModelPromises(Promises):
     # Of every model
 
     def test_data_that_it_is_not_for_is_refused_in_words(self) -> None:
-        for name, (schema, _) in SCHEMAS.items():
-            try:
-                self.declare(schema=schema)
-            except RecipeError as refusal:
-                assert len(str(refusal)) > 40, f"of {name} it only says {str(refusal)!r}"
+        assert all(len(said) > 40 for said in self.refusals().values()), "a refusal says what to choose instead"
 
     def test_tables_and_parameters_have_names_of_their_own(self) -> None:
         declared = self.declare()

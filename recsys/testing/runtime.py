@@ -45,7 +45,7 @@ class RuntimePromises(Promises):
         ("optimizer", "tolerance"), [("momentum", 1e-4), ("adagrad", 1e-3), ("adam", 1e-3), ("sgd", 1e-4)]
     )
     def test_every_optimizer_is_the_one_of_that_name(self, case: Case, optimizer: str, tolerance: float) -> None:
-        frozen = [name for name in case.model.parameters()][:1]
+        frozen = list(case.model.parameters())[:1]
         self.agree(case, case.plan(optimizer=optimizer, proximal=0.5, frozen=tuple(frozen)), tolerance)
 
     def agree(self, case: Case, plan: Plan, tolerance: float = 1e-4) -> None:

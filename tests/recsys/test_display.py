@@ -170,7 +170,9 @@ def test_the_data_and_where_a_run_goes_on_are_said() -> None:
     hooks.add(Display(Console(file=out, width=80, highlight=False)), "display")
     card = DataCard("movielens 1m", 6040, 3706, 1000209, 956703932, 1046454590, {"times": "as given"})
     hooks.observe("data_loaded", card=card.to_dict(), headline=("HR@10",))
-    examples = ExampleCard("clicks", clients=100, training=64_000, validation=8_000, test=9_000, extra={"numbers": "13"})
+    examples = ExampleCard(
+        "clicks", clients=100, training=64_000, validation=8_000, test=9_000, extra={"numbers": "13"}
+    )
     hooks.observe("data_loaded", card=examples.to_dict(), headline=("AUC",))
     hooks.observe("run_resumed", round=40)
     assert out.getvalue().splitlines() == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_visits_of_some_steps_meet_all_examples_equally_often(
         for each in seen(visit(lengths, round, steps=steps, batch_size=batch_size)):
             met.update(each)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+    for start, stop in pairwise(offsets):
         counts = [met[number] for number in range(start, stop)]
         assert not counts or max(counts) - min(counts) <= 1
 
@@ -160,7 +161,9 @@ def test_parts_that_do_not_fit_together_are_refused() -> None:
         Examples(held.clients, held.offsets, held.dense[:2], held.categories, held.labels)
 
 
-@pytest.mark.parametrize("settings", [{"epochs": 1, "share": 0.0}, {"epochs": 1, "share": 1.5}, {"steps": 1, "share": 0.5}])
+@pytest.mark.parametrize(
+    "settings", [{"epochs": 1, "share": 0.0}, {"epochs": 1, "share": 1.5}, {"steps": 1, "share": 0.5}]
+)
 def test_a_share_that_makes_no_sense_is_refused(settings: dict[str, float]) -> None:
     with pytest.raises(RecipeError, match=r"local.share"):
         LocalSettings(**settings)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedtower.core.draws import Draws, absorb
 from fedtower.core.errors import DataError, RecipeError, nearest
-from fedtower.plugins.datasets.criteo.reader import CATEGORIES, INTEGERS, MISSING, Lines, read
+from fedtower.plugins.datasets.criteo.reader import CATEGORIES, MISSING, Lines, read
 from fedtower.recsys.archive import cache_folder
 from fedtower.recsys.examples import ExampleCard, Examples, ExampleTable
 from fedtower.recsys.layout import find_file
@@ -30,7 +30,8 @@ FILES = ("train.txt", "train.tsv", "train_head80k_decoded.tsv", "train_head10k.t
 
 @dataclass(frozen=True)
 class Criteo:
-    """The first lines of the training file, in time order: ``train_rows`` of them, then ``validation_rows``, then ``test_rows``.
+    """The first lines of the training file, in time order: ``train_rows``, then ``validation_rows``, then
+    ``test_rows`` of them.
 
     A category's row 0 is for missing values. ``hashed``: the others are shared by a hash that every device can compute
     for itself. ``counted``: row 1 is for rare and new values, and each value that training rows have often has one of
@@ -48,14 +49,17 @@ class Criteo:
         default="hashed", metadata={"help": "rows of categories: hashed, or (standalone only) by a counted vocabulary"}
     )
     hash_size: int = field(default=10_000, metadata={"help": "hashed: rows of each of the 26 fields"})
-    min_count: int = field(default=4, metadata={"help": "counted: training rows that a value needs for a row of its own"})
+    min_count: int = field(
+        default=4, metadata={"help": "counted: training rows that a value needs for a row of its own"}
+    )
     silos: Literal["contiguous", "column"] = field(
         default="contiguous", metadata={"help": "clients: stretches of time, or the values of a column"}
     )
     clients: int = field(default=100, metadata={"help": "contiguous: how many clients"})
     column: str = field(default="C2", metadata={"help": "column: whose values are the clients"})
     smallest: int = field(
-        default=100, metadata={"help": "column: values with fewer training rows are put together until they have as many"}
+        default=100,
+        metadata={"help": "column: values with fewer training rows are put together until they have as many"},
     )
 
     def __post_init__(self) -> None:
@@ -75,13 +79,13 @@ class Criteo:
 
     def load(self, *, draws: Draws, progress: Callable[[str], None]) -> ExampleTable:
         """The examples, every line one. Nothing is drawn."""
-        path = self.file()
-        progress(f"reading {self.train_rows + self.validation_rows + self.test_rows:,} lines of {path}")
-        lines = read(path, self.train_rows + self.validation_rows + self.test_rows)
-        if len(lines.labels) < self.train_rows + self.validation_rows + self.test_rows:
+        path, asked = self.file(), self.train_rows + self.validation_rows + self.test_rows
+        progress(f"reading {asked:,} lines of {path}")
+        lines = read(path, asked)
+        if len(lines.labels) < asked:
             raise DataError(
-                f"{path} has {len(lines.labels):,} lines, but data.train_rows + data.validation_rows + data.test_rows ask for "
-                f"{self.train_rows + self.validation_rows + self.test_rows:,}; ask for fewer"
+                f"{path} has {len(lines.labels):,} lines, but data.train_rows + data.validation_rows + data.test_rows "
+                f"ask for {asked:,}; ask for fewer"
             )
         dense = logarithms(lines.integers)
         if self.categories == "hashed":

@@ -15,7 +15,9 @@ def write(folder: Path) -> dict[str, Any]:
     lines = []
     for line in range(_LINES):
         label = int((line * line) % 5 == 1)
-        integers = ["" if (line + place) % _EVERY == 0 else str((line * place) % 50 - 2) for place in range(len(INTEGERS))]
+        integers = [
+            "" if (line + place) % _EVERY == 0 else str((line * place) % 50 - 2) for place in range(len(INTEGERS))
+        ]
         words = [
             "" if (line * place) % (_EVERY + 4) == 1 else f"{(line % (place + 2)) * 2_654_435 + place:08x}"
             for place in range(len(CATEGORIES))
@@ -23,4 +25,12 @@ def write(folder: Path) -> dict[str, Any]:
         lines.append("\t".join([str(label), *integers, *words]))
     path = folder / "train.txt"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return {"path": str(path), "train_rows": 110, "validation_rows": 20, "test_rows": 20, "hash_size": 50, "clients": 10, "smallest": 5}
+    return {
+        "path": str(path),
+        "train_rows": 110,
+        "validation_rows": 20,
+        "test_rows": 20,
+        "hash_size": 50,
+        "clients": 10,
+        "smallest": 5,
+    }

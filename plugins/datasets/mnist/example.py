@@ -16,7 +16,9 @@ def write(folder: Path) -> dict[str, Any]:
     for name, count in (("train", 240), ("t10k", 60)):
         at = np.arange(count)
         labels = (at * 7 % 10).astype(np.uint8)
-        pixels = (at[:, None, None] * 31 + np.arange(_SIDE)[None, :, None] * 17 + np.arange(_SIDE)[None, None, :] * 11) % 97
+        pixels = (
+            at[:, None, None] * 31 + np.arange(_SIDE)[None, :, None] * 17 + np.arange(_SIDE)[None, None, :] * 11
+        ) % 97
         lit = (np.arange(_SIDE) // 2 == labels[:, None] % 7)[:, :, None] * np.uint8(150)
         images = (pixels + lit).astype(np.uint8)
         head = struct.pack(">4I", 0x0803, count, _SIDE, _SIDE)

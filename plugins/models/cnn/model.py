@@ -21,16 +21,14 @@ class CNN:
     """Everything is shared."""
 
     def declare(self, schema: Schema | ExampleSchema, generator: torch.Generator) -> Declared:
-        channels, height, width = as_images(schema, "cnn", smallest=4)
+        schema, (channels, height, width) = as_images(schema, "cnn", smallest=4)
         return Declared(shared=Network(channels, height, width, schema.num_classes, generator))
 
 
 class Network(ExampleTower):
     """32 maps and 64 maps of 5 x 5, each followed by the maximum over 2 x 2; 512, and the classes."""
 
-    def __init__(
-        self, channels: int, height: int, width: int, num_classes: int, generator: torch.Generator
-    ) -> None:
+    def __init__(self, channels: int, height: int, width: int, num_classes: int, generator: torch.Generator) -> None:
         super().__init__()
         self.first = convolution(channels, 32, 5, generator, padding=2)
         self.second = convolution(32, 64, 5, generator, padding=2)

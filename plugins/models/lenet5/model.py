@@ -22,16 +22,14 @@ class LeNet5:
     """Everything is shared. Images of 28 x 28 are padded to the paper's 32 x 32."""
 
     def declare(self, schema: Schema | ExampleSchema, generator: torch.Generator) -> Declared:
-        channels, height, width = as_images(schema, "lenet5", smallest=12)
+        schema, (channels, height, width) = as_images(schema, "lenet5", smallest=12)
         return Declared(shared=Network(channels, height, width, schema.num_classes, generator))
 
 
 class Network(ExampleTower):
     """6 maps and 16 maps of 5 x 5, each averaged over 2 x 2; 120, 84, and the classes."""
 
-    def __init__(
-        self, channels: int, height: int, width: int, num_classes: int, generator: torch.Generator
-    ) -> None:
+    def __init__(self, channels: int, height: int, width: int, num_classes: int, generator: torch.Generator) -> None:
         super().__init__()
         self.first = convolution(channels, 6, 5, generator, padding=2)
         self.second = convolution(6, 16, 5, generator)

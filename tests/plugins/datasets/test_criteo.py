@@ -192,7 +192,9 @@ def test_a_file_that_is_too_short_says_how_long_it_is(example: dict[str, Any]) -
         load(**example | {"train_rows": 111})
 
 
-def test_an_empty_and_a_missing_file_say_so(example: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_and_a_missing_file_say_so(
+    example: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     example["path"].write_text("")
     with pytest.raises(DataError, match="is empty"):
         load(**example)
@@ -216,7 +218,14 @@ def test_the_file_is_found_in_the_data_folder(
 
 @pytest.mark.parametrize(
     "settings",
-    [{"train_rows": 0}, {"test_rows": 0}, {"hash_size": 0}, {"min_count": 0}, {"column": "I1"}, {"clients": 99, "train_rows": 98}],
+    [
+        {"train_rows": 0},
+        {"test_rows": 0},
+        {"hash_size": 0},
+        {"min_count": 0},
+        {"column": "I1"},
+        {"clients": 99, "train_rows": 98},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=r"data\."):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from fedtower.core.draws import Draws
 from fedtower.core.errors import DataError, RecipeError
@@ -53,9 +54,9 @@ def numbered(folder: Path) -> None:
     (folder / IMAGES).write_bytes(head + bytes(body))
 
 
-def numbers(images: np.ndarray) -> list[int]:
+def numbers(images: NDArray[np.float32]) -> list[int]:
     pixels = np.rint(images[:, 0, :2] * 255).astype(int)
-    return (pixels[:, 0] * 256 + pixels[:, 1]).tolist()
+    return [int(number) for number in pixels[:, 0] * 256 + pixels[:, 1]]
 
 
 @pytest.mark.parametrize("partition", ["iid", "shards"])
@@ -147,7 +148,9 @@ def test_labels_that_do_not_fit_are_refused(example: dict[str, Any]) -> None:
         load(**example)
 
 
-def test_files_that_are_not_there_are_named(example: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_are_not_there_are_named(
+    example: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (example["path"] / LABELS).unlink()
     with pytest.raises(DataError, match=f"has no {LABELS} or {LABELS}.gz; it has t10k"):
         load(**example)

@@ -73,8 +73,7 @@ def test_it_is_the_dlrm_of_torchrec(num_fields: int) -> None:
         upper = torch.triu_indices(num_fields + 1, num_fields + 1, offset=1).T.tolist()
         columns = [*range(dim), *(dim + order[frozenset(pair)] for pair in upper)]
         for my, your in zip(mine, yours, strict=True):
-            my = my[:, columns] if my.shape[1:] == (len(columns),) else my
-            your.copy_(my)
+            your.copy_(my[:, columns] if my.shape[1:] == (len(columns),) else my)
     lengths = torch.ones(num_fields * batch, dtype=torch.int64)
     jagged = KeyedJaggedTensor(keys=keys, values=ids.T.reshape(-1), lengths=lengths)
     rows = table[ids + per_field * torch.arange(num_fields)]

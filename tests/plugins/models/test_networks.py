@@ -45,7 +45,14 @@ def test_they_have_as_many_parameters_as_published(model: MLP | LeNet5 | CNN, pa
 def oracle(model: LeNet5 | CNN) -> nn.Sequential:
     """The same network, layer after layer of torch's own."""
     if isinstance(model, LeNet5):
-        maps = [nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.AvgPool2d(2)]
+        maps = [
+            nn.Conv2d(1, 6, 5, padding=2),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+            nn.Conv2d(6, 16, 5),
+            nn.ReLU(),
+            nn.AvgPool2d(2),
+        ]
         return nn.Sequential(
             *maps, nn.Flatten(), nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)
         )
