@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtower.core.errors import CheckpointError
+from fedtower.core.errors import CheckpointError, ShapeMismatch
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
@@ -49,7 +49,16 @@ class ClientStore:
         return values
 
     def write(self, name: str, clients: IntArray, values: FloatArray) -> None:
-        """Keep ``values`` (C, *shape) for ``clients``, which are distinct."""
+        """Keep ``values`` (C, *shape) for ``clients``, which are distinct.
+
+        Raises:
+            ShapeMismatch: values of another shape than was declared.
+        """
+        if values.shape != (len(clients), *self._initial[name].shape):
+            raise ShapeMismatch(
+                f"client state {name!r} was declared with shape {self._initial[name].shape}, so {len(clients)} clients "
+                f"keep {(len(clients), *self._initial[name].shape)}, but {values.shape} came to be kept"
+            )
         place = self._place[name]
         new = clients[place[clients] < 0]
         if len(new):
