@@ -17,8 +17,8 @@ from rich.text import Text
 
 import fedtower
 from fedtower.core.errors import MissingDependency
+from fedtower.core.offers import canonical
 from fedtower.recsys.installation import (
-    canonical,
     has_gpu_driver,
     install_command,
     installed,

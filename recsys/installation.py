@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 import fedtower
+from fedtower.core.offers import canonical
 
 TIMEOUT_SECONDS = 120
 
@@ -100,15 +101,6 @@ def this_machine() -> dict[str, str]:
 def pip(arguments: str) -> str:
     """A command of this interpreter's pip."""
     return f"{shlex.quote(sys.executable)} -m pip {arguments}"
-
-
-def canonical(name: str) -> str:
-    """The name of a distribution in the one spelling that compares.
-
-    >>> canonical("fbgemm_gpu-cpu")
-    'fbgemm-gpu-cpu'
-    """
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _child(code: str) -> subprocess.CompletedProcess[str]:
