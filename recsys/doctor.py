@@ -229,7 +229,10 @@ def pairing_problems(versions: Mapping[str, str]) -> tuple[Problem, ...]:
 @click.option("--json", "as_json", is_flag=True, help="Print everything that was found as JSON.")
 @click.pass_context
 def doctor(context: click.Context, as_json: bool) -> None:
-    """Say what is installed, what is missing for what, and which command mends it."""
+    """Say what is installed, what is missing for what, and which command mends it.
+
+    For example: fedtower doctor --json
+    """
     diagnosis = examine(installed(), why_not_importable, this_machine())
     if as_json:
         click.echo(json.dumps(as_dict(diagnosis), indent=2))

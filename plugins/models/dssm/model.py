@@ -74,8 +74,7 @@ class ItemTower(CloudTower):
                 linear(dim + num_features, hidden, generator), nn.ReLU(), linear(hidden, dim, generator)
             )
         else:
-            self.features = nn.Linear(num_features, dim, bias=False)
-            nn.init.zeros_(self.features.weight)
+            self.features = nn.Parameter(torch.zeros(num_features, dim))
         self.hidden = hidden
 
     def forward(self, rows: Tensor, features: Tensor) -> Tensor:
@@ -83,7 +82,7 @@ class ItemTower(CloudTower):
         if self.hidden:
             vector = vector + self.residual(torch.cat([vector, features], dim=1))
         else:
-            vector = vector + self.features(features)
+            vector = vector + features @ self.features
         return torch.cat([vector, bias], dim=1)
 
 
