@@ -31,6 +31,7 @@ SMALL = {
     "local.negatives": 20,
     "local.history_length": 20,
     "cohort.size": 12,
+    "transport.name": "in_process",
     "transport.dropout": 0.1,
     "transforms.0.name": "clip",
     "transforms.0.norm": 0.5,

@@ -19,7 +19,7 @@ from fedtower.core.runtime import Work
 from fedtower.core.testing.promises import assert_same_bits
 from fedtower.recsys.batches import SequenceData, span_of
 from fedtower.recsys.event_table import EventTable
-from fedtower.recsys.history import TRAIN, make_split
+from fedtower.recsys.history import TRAIN, Population, make_split
 
 PopulationOf = Callable[..., EventTable]
 
@@ -44,7 +44,7 @@ def data_of(population: EventTable, kind: str = "leave_two_out") -> SequenceData
     return SequenceData(population, make_split(kind, population, validation=True, draws=DRAWS), DRAWS)
 
 
-def everyone(population: EventTable) -> Any:
+def everyone(population: Population) -> Any:
     return np.arange(population.num_clients, dtype=np.int64)
 
 
@@ -56,7 +56,8 @@ def trained_items(data: SequenceData, client: int) -> list[int]:
 
 def slots_of(work: Work, client: int, step: int, name: str = "history") -> list[int]:
     """The items in the slots of one step."""
-    return work.row_ids["item"].of(client)[work.slots[name][client, step]].tolist()
+    items = work.row_ids["item"].of(client)[work.slots[name][client, step]]
+    return [int(item) for item in items]
 
 
 def targets_of(work: Work, client: int, length: int) -> list[tuple[int, int, list[int]]]:
