@@ -36,7 +36,9 @@ def test_every_kind_has_a_part() -> None:
 
 
 def test_no_plugin_of_ours_failed() -> None:
-    failed = [f"{p.name}: {p.reason}" for p in REGISTRY.plugins() if p.distribution == "fedtower" and p.status == "failed"]
+    failed = [
+        f"{p.name}: {p.reason}" for p in REGISTRY.plugins() if p.distribution == "fedtower" and p.status == "failed"
+    ]
     assert not failed
 
 
@@ -44,4 +46,3 @@ def test_no_plugin_of_ours_failed() -> None:
 for _offer in OURS:
     _class = promises_of(REGISTRY, _offer)
     globals()[_class.__name__] = _class
-
