@@ -96,9 +96,9 @@ def test_only_the_clients_own_held_out_items_count(role: int) -> None:
 
 
 def test_row_ids_beyond_every_touched_item_are_no_leak() -> None:
-    # Keys of (client, item) must not run into each other: client 1's item 1 is not client 0's item 6.
+    # Keys of (client, item) must not run into each other: client 1's held-out item 1 is not client 0's item 5.
     events = Events(np.arange(2), np.array([0, 1, 2]), np.array([3, 1]), np.arange(2), np.ones(2, np.float32))
-    refuse_held_out(events, np.array([TEST, TEST], dtype=np.int8), RowIds(np.array([0, 2, 3]), np.array([6, 7, 0])))
+    refuse_held_out(events, np.array([TEST, TEST], dtype=np.int8), RowIds(np.array([0, 2, 3]), np.array([5, 7, 0])))
 
 
 PLANTED = '''

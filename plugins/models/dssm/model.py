@@ -41,6 +41,11 @@ class DSSM:
     def __post_init__(self) -> None:
         if self.dim < 4 or self.dim % 4:
             raise RecipeError(f"model.dim must be a positive multiple of 4, not {self.dim}")
+        for name, value, least in (("hidden", self.hidden, 1), ("item_hidden", self.item_hidden, 0)):
+            if value < least:
+                raise RecipeError(f"model.{name} must be at least {least}, not {value}")
+        if not self.scale >= 0:
+            raise RecipeError(f"model.scale is a standard deviation, so it cannot be {self.scale}")
         if any(window < 1 for window in self.windows):
             raise RecipeError(f"model.windows must be numbers of items from 1 on, not {list(self.windows)}")
 
