@@ -75,8 +75,16 @@ def run_rounds(state: ServerState, parts: Parts) -> Iterator[tuple[ServerState, 
     while state.round < parts.rounds:
         state, report = run_round(state, parts)
         yield state, report
-        if parts.hooks.decide("stop_run", report=report):
+        if stopped(report, parts.hooks):
             return
+
+
+def stopped(report: RoundReport, hooks: Hooks) -> bool:
+    """Whether a plugin ends the run after this round; its reason is passed on."""
+    reason = hooks.decide("stop_run", report=report)
+    if reason:
+        hooks.observe("warned", message=f"stopped after round {report.round} of {report.total_rounds}: {reason}")
+    return bool(reason)
 
 
 def run_round(state: ServerState, parts: Parts) -> tuple[ServerState, RoundReport]:

@@ -115,7 +115,8 @@ def resume(
     stopped.
     """
     place = RunFolder.open(Path(folder))
-    registry = registry or discover(folder=Path.cwd())
+    registry = registry or discover()
+    registry.use_folder(place.path)
     recipe = place.recipe()
     check(recipe, registry)
     hooks = _hooks(recipe, registry, observers)
@@ -131,7 +132,8 @@ def load(
 ) -> Trained:
     """The model of a run's newest checkpoint, with the data it was trained on."""
     place = RunFolder.open(Path(folder))
-    registry = registry or discover(folder=Path.cwd())
+    registry = registry or discover()
+    registry.use_folder(place.path)
     recipe = place.recipe()
     check(recipe, registry)
     setting = _setting(recipe, registry, Hooks.none(), progress)

@@ -15,7 +15,7 @@ from torch.func import vmap
 from fedtower.core.checkpoint import grouped
 from fedtower.core.errors import RecipeError
 from fedtower.core.plan import Plan
-from fedtower.core.round import RoundReport
+from fedtower.core.round import RoundReport, stopped
 from fedtower.core.runtime import Work
 from fedtower.core.server import Schedule
 from fedtower.recsys.losses import LOSSES, in_batch_softmax
@@ -86,7 +86,7 @@ class Standalone:
             )
             setting.hooks.observe("round_finished", report=report)
             yield report
-            if setting.hooks.decide("stop_run", report=report):
+            if stopped(report, setting.hooks):
                 return
 
     def _step(self, work: Work, scale: float) -> float:
