@@ -29,8 +29,8 @@ _LIBRARIES = ("fedtower", "numpy", "pandas", "torch", "torchrec", "fbgemm-gpu-cp
 
 @dataclass(frozen=True)
 class RunFolder:
-    """``runs/NAME-N``: recipe.toml, environment.json, log.jsonl, checkpoints/, fedtower_plugins.py if the recipe had one
-    beside it, and after the run summary.json, report.html.
+    """``runs/NAME-N``: recipe.toml, environment.json, log.jsonl, checkpoints/, fedtower_plugins.py if the recipe had
+    one beside it, and after the run summary.json, report.html.
     """
 
     path: Path
