@@ -155,14 +155,14 @@ def _remove(folder: Path, round: int) -> None:
 
 def _tidy(folder: Path) -> None:
     """Remove what a kill left behind, and put back what it left aside."""
+    for left_over in [*folder.glob(".*.unfinished"), *folder.glob(".*.removed")]:
+        shutil.rmtree(left_over)
     for replaced in folder.glob(".*.replaced"):
         place = folder / replaced.stem[1:]
         if place.exists():
             shutil.rmtree(replaced)
         else:
             replaced.rename(place)
-    for left_over in [*folder.glob(".*.unfinished"), *folder.glob(".*.removed")]:
-        shutil.rmtree(left_over)
 
 
 def _digest(path: Path) -> str:

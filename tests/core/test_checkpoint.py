@@ -264,11 +264,12 @@ def test_an_interruption_leaves_the_old_one_or_the_new_one(
 ) -> None:
     round, committed = CASES[case].round, False
     for folder in interrupted[case, mode]:
-        newest = [(each, value_of(folder, each)) for each in list_checkpoints(folder)][
-            -1:
-        ]  # whatever is listed is whole
+        readable = [(each, value_of(folder, each)) for each in list_checkpoints(folder)]  # what is listed is whole
+        newest = readable[-1:]
         assert newest == [(round, 100)] or (not committed and newest == CASES[case].old), folder.name
         committed = newest == [(round, 100)]
+        if mode == "full":
+            assert not [name for name in names(folder) if name.endswith(".unfinished")], "it takes no space any longer"
         # And the next one to write there finds its way, and leaves nothing lying about.
         write_checkpoint(folder, round, state(100), CASES[case].keep)
         assert names(folder) == [f"{each:06d}" for each in CASES[case].left]

@@ -519,14 +519,21 @@ def test_a_run_that_goes_on_is_equal_to_one_that_never_stopped() -> None:
     assert_same_bits((got, rows_of(rest)), (wanted, rows_of(whole)))
 
 
-def test_a_plugin_may_stop_the_run() -> None:
+def test_a_plugin_may_stop_the_run_and_its_reason_is_passed_on() -> None:
+    said: list[str] = []
+
     class Contented:
         @hookimpl
         def stop_run(self, report: RoundReport) -> str | None:
             return "good enough" if report.round == 2 else None
 
+        @hookimpl
+        def warned(self, message: str) -> None:
+            said.append(message)
+
     made = parts(0, 1, plugin=Contented())
     assert [state.round for state, _ in run_rounds(start(made), made)] == [1, 2]
+    assert said == ["stopped after round 2 of 3: good enough"]
 
 
 def test_a_wrapper_of_training_passes_on_what_it_returns() -> None:
