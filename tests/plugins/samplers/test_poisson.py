@@ -17,15 +17,14 @@ ROUNDS, CLIENTS = 2000, 200
 
 
 @dataclass(frozen=True)
-class Counted(Draws):
-    """Draws that note how many were made."""
+class Noted(Draws):
+    """Draws that note the positions that were drawn."""
 
-    made: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
 
     def bits(self, purpose: str, *key: int | NDArray[np.int64]) -> NDArray[np.int64]:
-        drawn = super().bits(purpose, *key)
-        self.made.append(drawn.size)
-        return drawn
+        self.positions.extend(np.ravel(key[-1]).tolist())
+        return super().bits(purpose, *key)
 
 
 def taking_part(rate: float) -> NDArray[np.float64]:
@@ -77,10 +76,20 @@ def test_extreme_rates_are_survived(rate: float) -> None:
 
 def test_drawing_costs_what_the_cohort_does_and_not_what_the_population_does() -> None:
     for population in (10_000, 100_000_000):
-        draws = Counted(7)
+        draws = Noted(7)
         cohort = Poisson(client_rate=500 / population).sample(1, population, draws)
         assert 400 < len(cohort) < 600
-        assert sum(draws.made) < 2 * 500 + 200
+        assert len(draws.positions) < 2 * 500 + 200
+
+
+def test_no_draw_is_used_twice_when_the_first_ones_do_not_reach_the_end() -> None:
+    longest = 0
+    for round in range(20):
+        draws = Noted(7)
+        Poisson(client_rate=0.5).sample(round, 50_000, draws)
+        assert draws.positions == list(range(len(draws.positions)))
+        longest = max(longest, len(draws.positions))
+    assert longest > 25_064, "in some round the first draws did not suffice"
 
 
 @pytest.mark.parametrize("rate", [0.0, -0.1, 1.1, math.nan])
