@@ -93,6 +93,7 @@ class Standalone:
         """One step on a batch of users: back through towers, rows and tables; the loss before it."""
         device = self._setting.recipe.device
         items, where = _common_rows(work)
+        self._model.tables.begin(scale)
         rows = self._model.tables.rows("item", items)
         slots = {name: rows[torch.from_numpy(places).to(device)] for name, places in where.items()}
         inputs = {name: torch.from_numpy(np.array(values[:, 0])).to(device) for name, values in work.inputs.items()}
@@ -102,7 +103,6 @@ class Standalone:
         }
         loss = self._loss(own, slots, inputs, torch.from_numpy(items[where["history"]]).to(device))
 
-        self._model.tables.begin(scale)
         for group in self._adam.param_groups:
             group["lr"] = self._settings.lr * scale
         self._adam.zero_grad(set_to_none=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -78,11 +79,13 @@ def registry() -> Registry:
 
 @pytest.fixture(scope="session")
 def setting_of(registry: Registry) -> Callable[..., Setting]:
-    """Makes what a run of the small recipe has before anything is trained; more overrides as keywords or a mapping."""
+    """Makes what a run of the small recipe has before anything is trained; ``epochs`` instead of steps a visit."""
 
-    def make(overrides: Mapping[str, Any] | None = None) -> Setting:
+    def make(overrides: Mapping[str, Any] | None = None, epochs: int | None = None) -> Setting:
         given = [f"{key}={_toml(value)}" for key, value in {**SMALL, **(overrides or {})}.items()]
         recipe = load_recipe("dssm-synthetic", given, registry)
+        if epochs is not None:
+            recipe = replace(recipe, local=replace(recipe.local, steps=None, epochs=epochs))
         draws = Draws(recipe.seed)
         population = registry.make("dataset", recipe.data.part).load(draws=draws, progress=lambda message: None)
         split = make_split(recipe.data.split, population, validation=recipe.data.validation, draws=draws)
