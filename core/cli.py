@@ -161,6 +161,7 @@ def _failed(error: Exception, arguments: Sequence[str]) -> int:
 def as_known(error: Exception) -> FedtowerError | None:
     """The error as one of ours: itself, a refusal of the disk, or a library that is not there; ``None`` for a bug.
 
+    >>> import errno
     >>> as_known(OSError(errno.ENOSPC, "No space left on device", "runs/a-1/log.jsonl"))
     StorageError('runs/a-1/log.jsonl: the disk is full; free some space')
     """
