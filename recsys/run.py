@@ -283,7 +283,9 @@ def _training(setting: Setting) -> Training:
 
 def _hooks(recipe: Recipe, registry: Registry, observers: Iterable[object]) -> Hooks:
     """The hooks of the plugins, of the recipe's trackers, and of ``observers``; JSON lines are always written."""
-    hooks = Hooks(registry.manager)
+    hooks = Hooks.none()  # of this run alone: another one with the same registry must not be told of it
+    for name, plugin in registry.manager.list_name_plugin():
+        hooks.add(plugin, name)
     hooks.report = lambda message: hooks.observe("warned", message=message)
     parts = [Part("jsonl"), *(part for part in recipe.trackers if part.name != "jsonl")]
     trackers = [registry.make("tracker", part, path="trackers") for part in parts]
@@ -294,5 +296,14 @@ def _hooks(recipe: Recipe, registry: Registry, observers: Iterable[object]) -> H
 
 def _as_overrides(overrides: Mapping[str, Any] | Iterable[str]) -> list[str]:
     if isinstance(overrides, Mapping):
-        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        return [f"{key}={_toml(value)}" for key, value in overrides.items()]
     return list(overrides)
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it on one line. JSON's strings, numbers and booleans are written alike."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_toml(key)} = {_toml(held)}' for key, held in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value, ensure_ascii=False, default=str)

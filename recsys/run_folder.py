@@ -106,7 +106,9 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run, so that nobody else trains it at the same time; a killed process lets go by itself."""
-        with storage_errors(self.path), (self.path / ".lock").open("w") as handle:
+        with storage_errors(self.path):
+            handle = (self.path / ".lock").open("w")
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
