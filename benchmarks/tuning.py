@@ -17,8 +17,8 @@ import fedtower
 from fedtower.recsys.runlog import RunLog
 
 GRIDS = {
-    "simulated": {"server.lr": (0.0025, 0.005, 0.01), "rows.lr": (0.025, 0.05, 0.1)},
-    "standalone": {"standalone.lr": (0.001, 0.002, 0.004), "standalone.row_lr": (0.025, 0.05, 0.1)},
+    "simulated": {"server.lr": (0.0025, 0.005), "rows.lr": (0.025, 0.05, 0.1)},
+    "standalone": {"standalone.lr": (0.002, 0.004), "standalone.row_lr": (0.05, 0.1, 0.2)},
 }
 
 

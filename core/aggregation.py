@@ -9,14 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtower.core.errors import UpdateError
-from fedtower.core.updates import Rows, Updates
+from fedtower.core.updates import Rows, Updates, refuse_other_shapes
 
 IntArray = NDArray[np.int64]
 State = Mapping[str, NDArray[Any]]
 
 # A weighted delta is rounded to a multiple of this before it is summed, so that what is summed are integers: at 2**-32
-# a delta of 1e-6 keeps 12 bits, and a round's total may reach 2**31.
+# a delta of 1e-6 keeps 12 bits, and a round's total may reach 2**30.
 GRID = 2.0**-32
+LIMIT = 2.0**62  # of a sum of integers of 64 bits, with room for what the bound on it rounds away
 
 
 class Aggregator(Protocol):
@@ -35,69 +36,97 @@ class GridSum:
     Each weighted delta is rounded once to a multiple of ``grid``, and the integers are summed.
 
     Raises:
-        UpdateError: a value that is not finite, or a sum that could leave the 64-bit range.
+        UpdateError: a value that is not finite, a row that a client sends twice, or a sum that could leave the 64-bit
+            range.
+        ShapeMismatch: clients that do not send what the first ones sent.
     """
 
     def __init__(self, grid: float = GRID) -> None:
         self._grid = grid
+        self._shapes: dict[str, tuple[int, ...]] | None = None
         self._weight = 0
-        self._reach = 0.0  # no sum can be larger than this
         self._dense: dict[str, IntArray] = {}
         self._rows: dict[str, tuple[IntArray, IntArray, IntArray]] = {}
+        self._reach: dict[str, float] = {}  # no sum of that name can be larger than this
 
     def add(self, block: Updates, weights: NDArray[np.float64]) -> None:
-        """Take in a block, each client times its weight (C,)."""
+        """Take in a block, each client times its weight in ``weights`` (C,), which need not be the block's own."""
         if not len(block):
             return
-        if not np.all(np.isfinite(weights)) or weights.min() < 0:
-            raise UpdateError(
-                f"the weights of a block must be finite and not negative, but they are {weights[:8].tolist()}"
-            )
-        scale = weights / self._grid
-        counted = np.rint(scale).astype(np.int64)
+        for given in (block.weights, weights):
+            unfit = ~np.isfinite(given) | (given < 0)
+            if np.any(unfit):
+                raise UpdateError(
+                    f"weights must be finite and not negative, but those of {block.who(unfit)} are "
+                    f"{given[unfit][:8].tolist()}; refuse them before they are folded (a plugin's accept_update)"
+                )
+        self._shapes = block.shapes if self._shapes is None else self._shapes
+        refuse_other_shapes(block, self._shapes)
+
+        clients = np.arange(len(block))
+        with np.errstate(over="ignore"):  # what becomes infinite is refused
+            scale = weights / self._grid
+        counted = self._integers("the weights", np.ones(len(block)), scale, clients, block)
         self._weight += int(counted.sum())
-        reach = 0.0
         for name, delta in block.dense.items():
-            rounded = self._round(delta, scale, block, name)
-            reach = max(reach, float(np.abs(rounded).max(initial=0)) * len(block))
-            total = rounded.astype(np.int64).sum(axis=0)
+            total = self._integers(name, delta, scale, clients, block).sum(axis=0)
             self._dense[name] = self._dense[name] + total if name in self._dense else total
         for table, rows in block.rows.items():
             owners = rows.owners
-            rounded = self._round(rows.row_deltas, scale[owners], block, table)
-            reach = max(reach, float(np.abs(rounded).max(initial=0)) * len(block))
-            self._add_rows(table, rows.row_ids, rounded.astype(np.int64), counted[owners])
-        self._reach += max(reach, float(counted.sum()))
-        if self._reach >= 2.0**62:
-            raise UpdateError(
-                f"the weighted updates of this cohort are too large to sum exactly: they reach "
-                f"{self._reach * self._grid:.3g}, and the limit is {2.0**62 * self._grid:.3g}; "
-                f"clip them (transform 'clip'), or lower local.lr"
-            )
+            _refuse_repeated_rows(table, rows, owners, block)
+            sums = self._integers(f"rows of {table}", rows.row_deltas, scale[owners], owners, block)
+            self._add_rows(table, rows.row_ids, sums, counted[owners])
 
     def total(self) -> Updates:
-        """The weighted mean: dense over all clients, each row over the clients that touched it."""
+        """The weighted mean: dense over all clients, each row over the clients that touched it. A row that only
+        clients without weight touched is not in it.
+        """
         if self._weight == 0:
             raise UpdateError("there is nothing to average: no client sent an update with a positive weight")
         dense = {name: (total / self._weight).astype(np.float32)[None] for name, total in self._dense.items()}
         rows = {}
         for table, (ids, sums, weights) in self._rows.items():
-            mean = (sums / np.maximum(weights, 1)[:, None]).astype(np.float32)
+            mean = (sums / weights[:, None]).astype(np.float32)
             rows[table] = Rows(
-                np.array([0, len(ids)], dtype=np.int64), ids, mean, (weights * self._grid).astype(np.float64)
+                np.array([0, len(ids)], dtype=np.int64), ids, mean, weights.astype(np.float64) * self._grid
             )
         return Updates(weights=np.array([self._weight * self._grid]), dense=dense, rows=rows)
 
-    def _round(
-        self, delta: NDArray[np.float32], scale: NDArray[np.float64], block: Updates, name: str
-    ) -> NDArray[np.float64]:
-        rounded = np.rint(delta * scale.reshape(-1, *([1] * (delta.ndim - 1))))
-        if not np.all(np.isfinite(rounded)):
-            who = "" if block.clients is None else f" of the clients {block.clients[:8].tolist()}"
-            raise UpdateError(f"the update of {name!r} in a block{who} is not finite; refuse it before it is folded")
-        return rounded
+    def _integers(
+        self,
+        name: str,
+        values: NDArray[Any],
+        scale: NDArray[np.float64],
+        owners: IntArray,
+        block: Updates,
+    ) -> IntArray:
+        """``values`` (n, ...) times ``scale`` (n,), rounded to integers; each belongs to the client at ``owners``
+        (n,) of ``block``.
+        """
+        with np.errstate(invalid="ignore"):  # what is not finite is refused below
+            rounded = np.rint(values * scale.reshape(-1, *([1] * (values.ndim - 1))))
+            largest = np.abs(rounded).max(axis=tuple(range(1, values.ndim)), initial=0)
+            reach = np.zeros(len(block))
+            np.maximum.at(reach, owners, largest)
+        if not np.all(np.isfinite(reach)):
+            raise UpdateError(
+                f"the update of {name!r} by {block.who(~np.isfinite(reach))} is not finite; refuse it before it is "
+                f"folded (a plugin's accept_update), or lower local.lr if it is everybody's"
+            )
+        # A client adds to a sum once, so the largest values of all clients bound it, however they are divided into
+        # blocks.
+        self._reach[name] = self._reach.get(name, 0.0) + float(reach.sum())
+        if self._reach[name] >= LIMIT:
+            raise UpdateError(
+                f"the weighted updates of {name!r} are too large to sum exactly: they reach "
+                f"{self._reach[name] * self._grid:.3g}, and the limit is {LIMIT * self._grid:.3g}; the largest is of "
+                f"{block.who(reach == reach.max())}. Clip them (transform 'clip'), or lower local.lr"
+            )
+        return rounded.astype(np.int64)
 
     def _add_rows(self, table: str, ids: IntArray, sums: IntArray, weights: IntArray) -> None:
+        weighty = weights > 0
+        ids, sums, weights = ids[weighty], sums[weighty], weights[weighty]
         if table in self._rows:
             held = self._rows[table]
             ids, sums, weights = (np.concatenate(pair) for pair in zip(held, (ids, sums, weights), strict=True))
@@ -107,3 +136,18 @@ class GridSum:
         if len(distinct):
             sums, weights = np.add.reduceat(sums[order], starts, axis=0), np.add.reduceat(weights[order], starts)
         self._rows[table] = (distinct, sums, weights)
+
+
+def _refuse_repeated_rows(table: str, rows: Rows, owners: IntArray, block: Updates) -> None:
+    """Raise UpdateError for a client that sends a row twice: it would count twice in the row's mean."""
+    if np.all((rows.row_ids[1:] > rows.row_ids[:-1]) | (owners[1:] > owners[:-1])):
+        return  # sorted within each client, as runtimes leave them
+    order = np.lexsort((rows.row_ids, owners))
+    ids, owners = rows.row_ids[order], owners[order]
+    again = (ids[1:] == ids[:-1]) & (owners[1:] == owners[:-1])
+    if np.any(again):
+        among = np.bincount(owners[1:][again], minlength=len(block)) > 0
+        raise UpdateError(
+            f"{block.who(among)} sent a row of {table!r} more than once; the deltas of a row are summed on the client "
+            f"(fedtower.core.rows.sum_duplicates)"
+        )

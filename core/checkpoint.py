@@ -24,44 +24,35 @@ from fedtower.core.errors import DISK_ERRORS, CheckpointError, StorageError
 FORMAT = 1
 Arrays = Mapping[str, NDArray[Any]]
 
+# What a checkpoint's folder is called; a hidden one is on its way in or out, and only one set aside is ever read.
+_PLACE, _UNFINISHED, _REPLACED, _REMOVED = "{:06d}", ".{:06d}.unfinished", ".{:06d}.replaced", ".{:06d}.removed"
+
 
 def write_checkpoint(folder: Path, round: int, arrays: Arrays, keep: int) -> Path:
-    """The path of the checkpoint of ``round`` under ``folder``; older ones but the last ``keep`` are removed
-    afterwards.
+    """The path of the checkpoint of ``round`` under ``folder``; those of earlier rounds are removed afterwards, until
+    ``keep`` are left with this one.
 
     Raises:
         StorageError: the disk is full, read-only, or not ours to write.
     """
-    place = folder / f"{round:06d}"
-    unfinished = folder / f".{place.name}.{os.getpid()}"
+    place, unfinished, replaced = (folder / name.format(round) for name in (_PLACE, _UNFINISHED, _REPLACED))
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob(".*"):
-            shutil.rmtree(left_over)
+        _tidy(folder)
         unfinished.mkdir()
         try:
-            files = {}
-            for position, (name, array) in enumerate(sorted(arrays.items())):
-                path = unfinished / f"{position:04d}.npy"
-                with path.open("wb") as stream:
-                    np.save(stream, np.ascontiguousarray(array), allow_pickle=False)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                files[name] = {"file": path.name, "bytes": path.stat().st_size, "sha256": _digest(path)}
-            manifest = unfinished / "manifest.json"
-            with manifest.open("w", encoding="utf-8") as text:
-                json.dump({"format": FORMAT, "round": round, "arrays": files}, text, indent=1)
-                text.flush()
-                os.fsync(text.fileno())
+            _write_files(unfinished, round, arrays)
             if place.exists():
-                shutil.rmtree(place)
+                place.rename(replaced)  # until the next line it is read from there
             unfinished.rename(place)
             _sync_folder(folder)
         except OSError:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(folder / f"{old:06d}")
+        shutil.rmtree(replaced, ignore_errors=True)
+        # Later ones are of a future that is being run again, or that somebody may still want.
+        for old in [other for other in list_checkpoints(folder) if other <= round][:-keep]:
+            _remove(folder, old)
     return place
 
 
@@ -71,7 +62,7 @@ def read_checkpoint(folder: Path, round: int) -> dict[str, NDArray[Any]]:
     Raises:
         CheckpointError: a file that is missing, cut short or altered.
     """
-    place = folder / f"{round:06d}"
+    place = _place(folder, round)
     older = [other for other in list_checkpoints(folder) if other < round]
     advice = (
         f"Continue from the one before it with --from {older[-1]}."
@@ -80,23 +71,26 @@ def read_checkpoint(folder: Path, round: int) -> dict[str, NDArray[Any]]:
     )
     try:
         manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
-        files = manifest["arrays"]
         if manifest["format"] != FORMAT:
             raise CheckpointError(
                 f"the checkpoint {place} has format {manifest['format']}, and this fedtower reads {FORMAT}; "
                 f"use the fedtower that wrote it (environment.json in the run folder names it)"
             )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the checkpoint {place} has no readable manifest.json ({error}). {advice}") from error
+        files = [
+            (name, place / entry["file"], int(entry["bytes"]), str(entry["sha256"]))
+            for name, entry in manifest["arrays"].items()
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"the checkpoint {place} has no readable manifest.json ({type(error).__name__}: {error}). {advice}"
+        ) from error
     arrays = {}
-    for name, entry in files.items():
-        path = place / entry["file"]
-        size = path.stat().st_size if path.exists() else 0
-        if size != entry["bytes"] or _digest(path) != entry["sha256"]:
+    for name, path, size, digest in files:
+        held = path.stat().st_size if path.is_file() else 0
+        if held != size or _digest(path) != digest:
             raise CheckpointError(
-                f"the checkpoint {place} is damaged: {path.name} ({name}) should hold {entry['bytes']} bytes with "
-                f"SHA-256 "
-                f"{entry['sha256'][:12]}..., and holds {size} that differ. {advice}"
+                f"the checkpoint {place} is damaged: {path.name} ({name}) should hold {size} bytes with SHA-256 "
+                f"{digest[:12]}..., and holds {held} that differ. {advice}"
             )
         arrays[name] = np.load(path, allow_pickle=False)
     return arrays
@@ -104,7 +98,8 @@ def read_checkpoint(folder: Path, round: int) -> dict[str, NDArray[Any]]:
 
 def list_checkpoints(folder: Path) -> list[int]:
     """The rounds that have a finished checkpoint under ``folder``, oldest first."""
-    return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit()) if folder.is_dir() else []
+    finished = {path.name for path in folder.glob("[0-9]*")} | {path.stem[1:] for path in folder.glob(".*.replaced")}
+    return sorted(int(name) for name in finished if name.isdecimal())
 
 
 def grouped(arrays: Arrays, group: str) -> dict[str, NDArray[Any]]:
@@ -126,6 +121,48 @@ def storage_errors(path: Path) -> Iterator[None]:
                 f"that has a checkpoint, `fedtower resume` goes on from there."
             ) from error
         raise
+
+
+def _write_files(place: Path, round: int, arrays: Arrays) -> None:
+    """One file an array and the manifest, all of them on the disk itself when this returns."""
+    files = {}
+    for position, (name, array) in enumerate(sorted(arrays.items())):
+        path = place / f"{position:04d}.npy"
+        with path.open("wb") as stream:
+            np.save(stream, np.asarray(array, order="C"), allow_pickle=False)
+            stream.flush()
+            os.fsync(stream.fileno())
+        files[name] = {"file": path.name, "bytes": path.stat().st_size, "sha256": _digest(path)}
+    with (place / "manifest.json").open("w", encoding="utf-8") as text:
+        json.dump({"format": FORMAT, "round": round, "arrays": files}, text, indent=1)
+        text.flush()
+        os.fsync(text.fileno())
+    _sync_folder(place)
+
+
+def _place(folder: Path, round: int) -> Path:
+    """Where the checkpoint of ``round`` is: aside, if a kill came while another was taking its place."""
+    place, replaced = folder / _PLACE.format(round), folder / _REPLACED.format(round)
+    return replaced if replaced.exists() and not place.exists() else place
+
+
+def _remove(folder: Path, round: int) -> None:
+    """Take a checkpoint off the list in one step, and then file by file off the disk."""
+    removed = folder / _REMOVED.format(round)
+    (folder / _PLACE.format(round)).rename(removed)
+    shutil.rmtree(removed)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what a kill left behind, and put back what it left aside."""
+    for left_over in [*folder.glob(".*.unfinished"), *folder.glob(".*.removed")]:
+        shutil.rmtree(left_over)
+    for replaced in folder.glob(".*.replaced"):
+        place = folder / replaced.stem[1:]
+        if place.exists():
+            shutil.rmtree(replaced)
+        else:
+            replaced.rename(place)
 
 
 def _digest(path: Path) -> str:

@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 
 import click
 
-from fedtower.core.discovery import Gate, split_names
-from fedtower.core.errors import DISK_ERRORS, FedtowerError, PluginError, StorageError, nearest
+from fedtower.core.discovery import HOST, Gate, split_names
+from fedtower.core.errors import DISK_ERRORS, FedtowerError, MissingDependency, PluginError, StorageError, nearest
+from fedtower.core.offers import how_to_install
 from fedtower.core.registry import Registry, discover
 
 EXIT_CODES = """
@@ -158,8 +159,9 @@ def _failed(error: Exception, arguments: Sequence[str]) -> int:
 
 
 def as_known(error: Exception) -> FedtowerError | None:
-    """The error as one of ours: itself, or a refusal of the disk; ``None`` for a bug.
+    """The error as one of ours: itself, a refusal of the disk, or a library that is not there; ``None`` for a bug.
 
+    >>> import errno
     >>> as_known(OSError(errno.ENOSPC, "No space left on device", "runs/a-1/log.jsonl"))
     StorageError('runs/a-1/log.jsonl: the disk is full; free some space')
     """
@@ -167,6 +169,9 @@ def as_known(error: Exception) -> FedtowerError | None:
         return error
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return StorageError(f"{error.filename or 'a file'}: {DISK_ERRORS[error.errno]}")
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] != HOST:
+        missing = error.name.partition(".")[0]
+        return MissingDependency(f"this needs {missing}, which is not installed; {how_to_install(missing, HOST)}")
     return None
 
 

@@ -58,7 +58,10 @@ class ClientSide:
                 self.store.declare(f"transforms.{position}.{name}", np.zeros(shape, dtype=np.float32))
 
     def visit(self, plan: Plan, clients: IntArray) -> Updates:
-        """The updates of ``clients`` as they leave their devices; what stays on the devices is written to the store."""
+        """The updates of ``clients`` as they leave their devices; what stays on the devices is written to the store.
+
+        Their metric ``bytes_down`` is what each was sent: the plan's shared parameters, and the rows it asked for.
+        """
         work = self.data.work(plan, clients)
         bytes_down = np.full(len(clients), float(plan.nbytes))
         if self.rows is not None:

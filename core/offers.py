@@ -64,7 +64,7 @@ def load_target(offer: Offer) -> Any:
             raise PluginError(_broken(offer, error)) from error
         raise MissingDependency(
             f"the {offer.kind} {offer.name!r} needs {missing}, which is not installed; "
-            + _how_to_install(offer, missing)
+            + how_to_install(missing, offer.distribution)
         ) from error
     except FedtowerError:
         raise
@@ -92,6 +92,19 @@ def seam_methods(seam: str) -> list[str]:
     ]
 
 
+def how_to_install(missing: str, distribution: str) -> str:
+    """The extra of a distribution that brings a library, by its metadata; import names only start alike."""
+    try:
+        requirements = metadata.requires(distribution) or [] if distribution else []
+    except metadata.PackageNotFoundError:
+        requirements = []
+    for requirement in requirements:
+        extra = requirement.partition("extra ==")[2].strip(" '\"")
+        if extra and canonical(requirement).startswith(canonical(missing)):
+            return f"`pip install '{distribution}[{extra}]'` brings it"
+    return f"install it (often `pip install {missing}`)"
+
+
 def canonical(name: str) -> str:
     """A plugin or distribution name as names are compared.
 
@@ -109,16 +122,3 @@ def reason(error: BaseException) -> str:
 
 def _broken(offer: Offer, error: Exception) -> str:
     return f"the {offer.kind} {offer.name!r} of {offer.origin} cannot be imported from {offer.target}: {reason(error)}"
-
-
-def _how_to_install(offer: Offer, missing: str) -> str:
-    """The extra of the offer's distribution that brings a library, by its metadata; import names only start alike."""
-    try:
-        requirements = metadata.requires(offer.distribution) or [] if offer.distribution else []
-    except metadata.PackageNotFoundError:
-        requirements = []
-    for requirement in requirements:
-        extra = requirement.partition("extra ==")[2].strip(" '\"")
-        if extra and canonical(requirement).startswith(canonical(missing)):
-            return f"`pip install '{offer.distribution}[{extra}]'` brings it"
-    return f"install it (often `pip install {missing}`)"

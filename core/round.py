@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,16 @@ from fedtower.core.transport import Transport
 from fedtower.core.updates import Updates
 
 IntArray = NDArray[np.int64]
+WeightArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What a round did: who took part, what it cost, and how it went."""
+    """What a round did: who took part, what it cost, and how it went.
+
+    ``loss`` and ``metrics`` are means over the examples of the updates that counted; ``bytes_up`` and ``bytes_down``
+    are theirs too: what was sent to clients that dropped out is not known here.
+    """
 
     round: int
     total_rounds: int
@@ -68,8 +75,16 @@ def run_rounds(state: ServerState, parts: Parts) -> Iterator[tuple[ServerState, 
     while state.round < parts.rounds:
         state, report = run_round(state, parts)
         yield state, report
-        if parts.hooks.decide("stop_run", report=report):
+        if stopped(report, parts.hooks):
             return
+
+
+def stopped(report: RoundReport, hooks: Hooks) -> bool:
+    """Whether a plugin ends the run after this round; its reason is passed on."""
+    reason = hooks.decide("stop_run", report=report)
+    if reason:
+        hooks.observe("warned", message=f"stopped after round {report.round} of {report.total_rounds}: {reason}")
+    return bool(reason)
 
 
 def run_round(state: ServerState, parts: Parts) -> tuple[ServerState, RoundReport]:
@@ -84,7 +99,7 @@ def run_round(state: ServerState, parts: Parts) -> tuple[ServerState, RoundRepor
 
     tally = Tally(cohort)
     blocks = parts.transport.exchange(plan, cohort, parts.client.visit, parts.draws)
-    blocks = tally.count(accepted(in_time(blocks, started, plan, parts), plan, parts))
+    blocks = tally.count(accepted(in_time(blocks, started, plan, parts), plan, parts, tally))
     blocks = decode(parts.transforms, blocks)
 
     total, memory = parts.hooks.wrap("aggregate", lambda: fold(parts.aggregator, blocks, state), round=plan.round)
@@ -98,7 +113,7 @@ def run_round(state: ServerState, parts: Parts) -> tuple[ServerState, RoundRepor
 
     missing = tally.missing()
     if len(missing):
-        parts.hooks.observe("client_dropped", round=plan.round, clients=missing, reason="sent no update that counted")
+        parts.hooks.observe("client_dropped", round=plan.round, clients=missing, reason="sent no update in time")
     report = tally.report(plan.round, parts.rounds, parts.clock() - started)
     parts.hooks.observe("round_finished", report=report)
     return state, report
@@ -121,12 +136,12 @@ def in_time(blocks: Iterable[Updates], started: float, plan: Plan, parts: Parts)
     """The blocks that arrive before the deadline that a plugin's ``round_deadline`` sets; without one, all of them."""
     seconds = parts.hooks.decide("round_deadline", round=plan.round)
     for block in blocks:
-        if seconds is not None and parts.clock() - started > seconds:
+        if seconds is not None and parts.clock() - started >= seconds:
             return
         yield block
 
 
-def accepted(blocks: Iterable[Updates], plan: Plan, parts: Parts) -> Iterator[Updates]:
+def accepted(blocks: Iterable[Updates], plan: Plan, parts: Parts, tally: Tally) -> Iterator[Updates]:
     """The updates that no plugin's ``accept_update`` gives a reason to refuse; without such a plugin, all of them."""
     asked = parts.hooks.implements("accept_update")
     for block in blocks:
@@ -136,6 +151,7 @@ def accepted(blocks: Iterable[Updates], plan: Plan, parts: Parts) -> Iterator[Up
                 parts.hooks.observe("update_received", round=plan.round, updates=update)
                 yield update
             else:
+                tally.refuse(update)
                 parts.hooks.observe(
                     "client_dropped", round=plan.round, clients=update.clients, reason=f"refused: {reason}"
                 )
@@ -145,50 +161,54 @@ def fold(
     aggregator: Aggregator, blocks: Iterator[Updates], state: ServerState
 ) -> tuple[Updates | None, Mapping[str, NDArray[Any]]]:
     """The total of ``blocks`` and the aggregator's memory; no total if not one client brings weight."""
+    weightless: list[Updates] = []  # they are folded too: the first to arrive are treated as the last
     for first in blocks:
-        if first.weights.sum() > 0:
-            return aggregator.fold(_chain(first, blocks), state.aggregator)
+        if np.any(first.weights != 0):
+            return aggregator.fold(chain(weightless, [first], blocks), state.aggregator)
+        weightless.append(first)
     return None, state.aggregator
 
 
-def _chain(first: Updates, rest: Iterator[Updates]) -> Iterator[Updates]:
-    yield first
-    yield from rest
-
-
 class Tally:
-    """Counts what passes: who answered, the bytes, and the mean loss."""
+    """Counts what passes: who answered, the bytes, and the mean of each metric over examples.
+
+    The means are the same to the last bit for any order and any width of blocks.
+    """
 
     def __init__(self, cohort: Cohort) -> None:
         self._cohort = cohort
-        self._clients: list[IntArray] = []
+        self._heard: list[IntArray] = []
+        self._refused: list[IntArray] = []
         self._up = 0
         self._down = 0.0
-        self._sums: dict[str, float] = {}
-        self._weight = 0.0
+        self._metrics: dict[str, list[tuple[WeightArray, WeightArray]]] = {}  # by name, values and their weights
 
     def count(self, blocks: Iterable[Updates]) -> Iterator[Updates]:
         """The same blocks, counted."""
         for block in blocks:
             if block.clients is not None:
-                self._clients.append(block.clients)
+                self._heard.append(block.clients)
             self._up += block.nbytes
             self._down += float(block.metrics.get("bytes_down", np.zeros(1)).sum())
+            weighty = block.weights > 0  # a client without examples has no loss, whatever it says
             for name, values in block.metrics.items():
                 if name != "bytes_down":
-                    self._sums[name] = self._sums.get(name, 0.0) + float((values * block.weights).sum())
-            self._weight += float(block.weights.sum())
+                    self._metrics.setdefault(name, []).append((values[weighty], block.weights[weighty]))
             yield block
 
+    def refuse(self, update: Updates) -> None:
+        """Take note of a client whose update was refused; those who were told so are not told again."""
+        if update.clients is not None:
+            self._refused.append(update.clients)
+
     def missing(self) -> IntArray:
-        """The clients of the cohort whose update did not count."""
-        heard = np.concatenate(self._clients) if self._clients else np.zeros(0, dtype=np.int64)
-        return np.setdiff1d(self._cohort.clients, heard)
+        """The clients of the cohort from whom nothing came in time."""
+        return np.setdiff1d(self._cohort.clients, _ids(self._heard + self._refused))
 
     def report(self, round: int, rounds: int, seconds: float) -> RoundReport:
         """The round in figures; the loss is the mean over examples, or NaN when there were none."""
-        means = {name: total / self._weight if self._weight else float("nan") for name, total in self._sums.items()}
-        heard = len(self._cohort) - len(self.missing())
+        means = {name: _mean(parts) for name, parts in self._metrics.items()}
+        heard = len(np.intersect1d(self._cohort.clients, _ids(self._heard)))
         return RoundReport(
             round=round,
             total_rounds=rounds,
@@ -200,3 +220,16 @@ class Tally:
             seconds=seconds,
             metrics=means,
         )
+
+
+def _ids(parts: list[IntArray]) -> IntArray:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+
+
+def _mean(parts: list[tuple[WeightArray, WeightArray]]) -> float:
+    """The mean of values by weight, from sums that are rounded once; NaN without weight."""
+    values, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
+    terms = values * weights
+    if not len(terms) or not np.all(np.isfinite(terms)):
+        return float("nan")
+    return math.fsum(terms) / math.fsum(weights)

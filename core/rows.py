@@ -71,20 +71,19 @@ def localise(ids: IntArray) -> tuple[RowIds, IntArray]:
 
 
 def sum_duplicates(ids: IntArray, values: FloatArray) -> tuple[IntArray, FloatArray]:
-    """The distinct ids, sorted, and the sum of the values of each, in order of appearance.
+    """The distinct ids, sorted, and the sum of the values of each.
+
+    The order in which an id's values are summed depends on its own values alone, so that which other ids are there
+    changes no bit.
 
     Shape:
         ``ids`` (n,), ``values`` (n, D) -> (m,), (m, D)
     """
-    order = np.argsort(ids, kind="stable")
-    ordered = ids[order]
-    starts = (
-        np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-        if len(ids)
-        else np.zeros(0, dtype=np.int64)
-    )
     if not len(ids):
         return ids, values
+    order = np.argsort(ids, kind="stable")
+    ordered = ids[order]
+    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
     return ordered[starts], np.add.reduceat(values[order], starts, axis=0)
 
 

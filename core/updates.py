@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtower.core.errors import ShapeMismatch, UpdateError
+from fedtower.core.errors import ShapeMismatch
 
 FloatArray = NDArray[np.float32]
 WeightArray = NDArray[np.float64]
@@ -31,11 +31,18 @@ class Rows:
     row_weights: WeightArray | None = None
 
     def __post_init__(self) -> None:
-        if len(self.row_ids) != len(self.row_deltas) or self.offsets[-1] != len(self.row_ids):
+        size = len(self.row_ids)
+        if len(self.row_deltas) != size or (self.row_weights is not None and len(self.row_weights) != size):
+            weights = "" if self.row_weights is None else f" and {len(self.row_weights)} weights"
             raise ShapeMismatch(
-                f"jagged rows need one delta an id and offsets that end at their number, but there are "
-                f"{len(self.row_ids)} ids, "
-                f"{len(self.row_deltas)} deltas, and the offsets end at {self.offsets[-1]}"
+                f"jagged rows need one delta (and, in a total, one weight) an id, but for {size} ids there are "
+                f"{len(self.row_deltas)} deltas{weights}"
+            )
+        ends = self.offsets[[0, -1]].tolist() if len(self.offsets) else []
+        if ends != [0, size] or np.any(self.offsets[1:] < self.offsets[:-1]):
+            raise ShapeMismatch(
+                f"the offsets of {size} jagged rows must rise from 0 to {size}, but they are "
+                f"{self.offsets[:5].tolist()}... and end at {ends[-1:]}"
             )
 
     @property
@@ -45,8 +52,8 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the ids, the deltas and the offsets as they are sent: ids as 32-bit integers."""
-        return 4 * len(self.row_ids) + self.row_deltas.nbytes + 4 * len(self.offsets)
+        """Bytes of the rows as they are sent: 32 bits an id, the deltas, and 32 bits a client for how many it sends."""
+        return 4 * len(self.row_ids) + self.row_deltas.nbytes + 4 * (len(self.offsets) - 1)
 
     def slice(self, start: int, stop: int) -> Rows:
         """The rows of clients ``start`` to ``stop``."""
@@ -100,12 +107,32 @@ class Updates:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of this block as it would be sent: deltas, row ids, weights (metrics are not counted)."""
+        """Bytes of this block as it would be sent: deltas, rows, and 64 bits a client for its weight. Ids, rounds and
+        metrics are not counted; how clients are divided into blocks makes no difference.
+        """
         return (
             sum(delta.nbytes for delta in self.dense.values())
             + sum(rows.nbytes for rows in self.rows.values())
             + 8 * len(self)
         )
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """What each client of the block sends: the shape of each delta by name, and of one row by ``rows of TABLE``."""
+        rows = {f"rows of {table}": part.row_deltas.shape[1:] for table, part in self.rows.items()}
+        return {name: delta.shape[1:] for name, delta in self.dense.items()} | rows
+
+    def who(self, among: NDArray[np.bool_] | None = None) -> str:
+        """The clients of this block, or those of them for which ``among`` (C,) is true, as an error names them.
+
+        >>> Updates(weights=np.ones(3), clients=np.array([5, 7, 9])).who(np.array([False, True, True]))
+        'the clients [7, 9]'
+        """
+        chosen = np.flatnonzero(np.ones(len(self), dtype=bool) if among is None else among)
+        if self.clients is None:
+            return f"{len(chosen)} clients without an id"
+        rest = f" and {len(chosen) - 8} more" if len(chosen) > 8 else ""
+        return f"the clients {self.clients[chosen[:8]].tolist()}{rest}"
 
     def slice(self, start: int, stop: int) -> Updates:
         """The clients ``start`` to ``stop`` of this block."""
@@ -120,30 +147,48 @@ class Updates:
 
 
 def stack(blocks: Iterable[Updates]) -> Updates:
-    """One block of all the clients of ``blocks``, in their order; an empty block when there are none.
+    """One block of all the clients of ``blocks``, in their order; an empty block when there are none. It has the
+    metrics, the clients and the rounds that every block has.
 
     Raises:
-        UpdateError: blocks that do not hold the same parameters or tables.
+        ShapeMismatch: blocks that do not hold the same parameters and tables, in the same shapes.
     """
     held = list(blocks)
     if not held:
         return Updates(weights=np.zeros(0))
     first = held[0]
     for block in held[1:]:
-        if set(block.dense) != set(first.dense) or set(block.rows) != set(first.rows):
-            raise UpdateError(
-                f"one cohort's updates must hold the same parameters, but one block holds {sorted(first.dense)} and "
-                f"rows of "
-                f"{sorted(first.rows)}, and another {sorted(block.dense)} and rows of {sorted(block.rows)}"
-            )
+        refuse_other_shapes(block, first.shapes)
     return Updates(
         weights=np.concatenate([block.weights for block in held]),
         dense={name: np.concatenate([block.dense[name] for block in held]) for name in first.dense},
         rows={table: _stack_rows([block.rows[table] for block in held]) for table in first.rows},
         clients=_stack_ids([block.clients for block in held]),
         rounds=_stack_ids([block.rounds for block in held]),
-        metrics={name: np.concatenate([block.metrics[name] for block in held]) for name in first.metrics},
+        metrics={
+            name: np.concatenate([block.metrics[name] for block in held])
+            for name in first.metrics
+            if all(name in block.metrics for block in held)
+        },
     )
+
+
+def refuse_other_shapes(block: Updates, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ShapeMismatch, with the clients' ids, unless the clients of ``block`` send just what is named in
+    ``shapes``.
+    """
+    if block.shapes == shapes:
+        return
+    got = {name: shape for name, shape in block.shapes.items() if shapes.get(name) != shape}
+    want = {name: shape for name, shape in shapes.items() if block.shapes.get(name) != shape}
+    raise ShapeMismatch(
+        f"{block.who()} sent {_shapes_in_words(got)} where others of the cohort sent {_shapes_in_words(want)}; are "
+        f"they on an older plan?"
+    )
+
+
+def _shapes_in_words(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name!r} with shape {shape}" for name, shape in sorted(shapes.items())) or "nothing"
 
 
 def _stack_rows(parts: list[Rows]) -> Rows:

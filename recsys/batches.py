@@ -53,6 +53,7 @@ class SequenceData:
         negatives = uniform_negatives(
             events, self.population.num_items, target.shape[1], local.negatives, self.draws, plan.round
         )
+        _ask_for_nothing_more(history, negatives, target, empty=seen.lengths == 0)
         needed, where = localise(np.concatenate([history, negatives], axis=2).reshape(len(clients), -1))
         refuse_held_out(events, role, needed)
 
@@ -110,8 +111,10 @@ class SequenceData:
         head = np.flatnonzero(place == 0)
         length = np.diff(np.append(head, len(place)))
         lot = self.draws.bits("batches", plan.round, seen.clients[owner[head]], epoch, stretch[head], batch[head])
-        # Full batches come first, so that a visit of one step has as many targets as it may.
-        by_lot = np.lexsort((lot, length < size, owner[head]))
+        # What is left over of a stretch comes last, so that a visit of one step has as many targets as its stretch may
+        # give. A stretch that is shorter than a batch waits no longer than others, or nobody would ever train on it.
+        left_over = (length < size) & (batch[head] > 0)
+        by_lot = np.lexsort((lot, left_over, owner[head]))
         turn = np.empty(len(head), dtype=np.int64)
         turn[by_lot] = _rank_in_runs(owner[head][by_lot])
         num_batches = np.bincount(owner[head], minlength=len(seen)).astype(np.int64)
@@ -162,13 +165,24 @@ def _stretches(seen: Events, start: IntArray, window: int) -> IntArray:
     """The items of ``window`` events from ``start`` (C, S) on, (C, S, window).
 
     A slot beyond the last event repeats the last one: no target stands after it, so nothing looks at it, and it is
-    fetched anyway.
+    fetched anyway. What stands there for a client without events has no meaning.
     """
     if not len(seen.items):
         return np.zeros((*start.shape, window), dtype=np.int64)
     last = np.maximum(seen.lengths - 1, 0)[:, None, None]
     at = np.minimum(start[..., None] + np.arange(window), last) + seen.offsets[:-1, None, None]
     return np.asarray(seen.items[np.minimum(at, len(seen.items) - 1)])
+
+
+def _ask_for_nothing_more(history: IntArray, negatives: IntArray, target: IntArray, empty: NDArray[np.bool_]) -> None:
+    """Let the slots that nothing looks at repeat rows that the client fetches anyway.
+
+    A step of padding repeats the client's first step, and a history without events a negative. So the rows that a
+    client asks for do not depend on who else is in its block, and none of them is somebody else's.
+    """
+    history[empty] = negatives[empty, :, :1]
+    client, step = np.nonzero((target < 0).all(axis=2))
+    history[client, step], negatives[client, step] = history[client, 0], negatives[client, 0]
 
 
 def _rank_in_runs(*keys: IntArray) -> IntArray:

@@ -55,7 +55,10 @@ def data() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the card as JSON.")
 @pass_registry
 def card(registry: Registry, name: str, overrides: Sequence[str], as_json: bool) -> None:
-    """Load a data set, of a recipe or by its own name, and print its card."""
+    """Load a data set, of a recipe or by its own name, and print its card.
+
+    For example: fedtower data card synthetic -o data.users=500
+    """
     part, seed = _part(registry, name, overrides)
     dataset: Dataset | ExampleDataset = registry.make("dataset", part, path="data")
     notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -81,7 +84,10 @@ def fetch_command(
     accept_licence: bool,
     site: str | None,
 ) -> None:
-    """Download a data set into this user's cache, after showing its licence."""
+    """Download a data set into this user's cache, after showing its licence.
+
+    For example: fedtower data fetch movielens --version 100k
+    """
     part, _ = _part(registry, name, [*overrides, *([f"data.version={version}"] if version else [])])
     archive = getattr(registry.make("dataset", part, path="data"), "archive", None)
     if not isinstance(archive, Archive):

@@ -1,24 +1,13 @@
-"""The doctor: what is installed, what is missing for what, and the command that mends it.
-
-Versions are read from the installed metadata. Whether a library can be imported is tried in a process of its own,
-because a library built for another machine may crash and not only raise.
-"""
+"""The doctor: what is installed, what is missing for what, and the command that mends it."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
-import re
 import shlex
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import metadata
-from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -28,15 +17,21 @@ from rich.text import Text
 
 import fedtower
 from fedtower.core.errors import MissingDependency
+from fedtower.core.offers import canonical
+from fedtower.recsys.installation import (
+    has_gpu_driver,
+    install_command,
+    installed,
+    pip,
+    this_machine,
+    torch_sees_cuda,
+    why_not_importable,
+)
 
-TIMEOUT_SECONDS = 120
 SHIM = "cpu.shim"
 
 # torchrec's compiled half and torch itself must be of one release; other pairs fail at import with an undefined symbol.
 TORCH_OF_TORCHREC: Mapping[str, str] = {"1.6": "2.11", "1.7": "2.12", "1.8": "2.13", "1.9": "2.14"}
-
-# What torchrec 1.8 asks for besides fbgemm-gpu, and the CPU build of that.
-TORCHREC_NEEDS = ["fbgemm-gpu-cpu==1.8.0", "tensordict", "torchmetrics==1.0.3", "tqdm", "pyre-extensions"]
 
 Health = Literal["ok", "missing", "broken"]
 _STYLES: Mapping[Health, str] = {"ok": "green", "missing": "yellow", "broken": "bold red"}
@@ -203,9 +198,7 @@ def fbgemm_problems(versions: Mapping[str, str], cuda: bool) -> tuple[Problem, .
         what = "torch sees a GPU, but fbgemm is the CPU build: tables cannot live on the GPU"
     else:
         return ()
-    return (
-        Problem(what, f"{_pip('uninstall -y fbgemm-gpu fbgemm-gpu-cpu')} && {install_command('cloud', cuda=cuda)}"),
-    )
+    return (Problem(what, f"{pip('uninstall -y fbgemm-gpu fbgemm-gpu-cpu')} && {install_command('cloud', cuda=cuda)}"),)
 
 
 def pairing_problems(versions: Mapping[str, str]) -> tuple[Problem, ...]:
@@ -232,84 +225,14 @@ def pairing_problems(versions: Mapping[str, str]) -> tuple[Problem, ...]:
     return (Problem(what, install_command("cloud", cuda=SHIM not in versions.get("fbgemm-gpu", SHIM))),)
 
 
-def install_command(extra: str, *, cuda: bool = False) -> str:
-    """The command that brings an extra: from the pins of a checkout, else by what the extra asks for."""
-    checkout = Path(fedtower.__file__).resolve().parent.parent
-    asked = requirements(extra)
-    if extra == "cloud" and cuda:
-        # 2.13.0+cpu satisfies torch==2.13.0, so it has to go first.
-        return f"{_pip('uninstall -y torch fbgemm-gpu fbgemm-gpu-cpu')} && {_pip('install ' + shlex.join(asked))}"
-    if extra in ("cloud", "trackers") and (checkout / "requirements" / "cpu.txt").exists():
-        return f"cd {shlex.quote(str(checkout))} && {_pip('install -r requirements/cpu.txt')}"
-    if extra == "cloud":
-        # Without the checkout there is no stand-in for fbgemm-gpu, so torchrec comes without what it asks for.
-        others = [name for name in asked if not re.match("torchrec|fbgemm", name)] + TORCHREC_NEEDS
-        torchrec = next(name for name in asked if name.startswith("torchrec"))
-        return f"{_pip('install ' + shlex.join(others))} && {_pip('install --no-deps ' + torchrec)}"
-    return _pip("install " + shlex.join(asked))
-
-
-def requirements(extra: str) -> list[str]:
-    """What an extra asks for, from the installed metadata.
-
-    >>> [name for name in requirements("cloud") if name.startswith("torch")]
-    ['torch==2.13.0', 'torchrec==1.8.0']
-    """
-    parted = (line.partition(";") for line in metadata.requires("fedtower") or [])
-    return [name.strip() for name, _, marker in parted if re.search(rf"extra == ['\"]{extra}['\"]", marker)]
-
-
-def installed() -> dict[str, str]:
-    """The version of every installed distribution, by canonical name."""
-    names = ((entry.metadata["Name"], entry.version) for entry in metadata.distributions())
-    return {_canonical(name): version for name, version in names if name}
-
-
-def why_not_importable(module: str) -> str | None:
-    """Import a module in a process of its own; ``None`` if that works, else the last thing that it said."""
-    try:
-        # -P: what lies in the folder that we happen to be in is not installed.
-        child = _child(f"import {module}")
-    except subprocess.TimeoutExpired:
-        return f"its import had not ended after {TIMEOUT_SECONDS} s"
-    if child.returncode == 0:
-        return None
-    said = child.stderr.strip().splitlines()
-    if child.returncode < 0:
-        return f"its import crashed with signal {-child.returncode}"
-    return said[-1] if said else f"its import ended with exit code {child.returncode}"
-
-
-def torch_sees_cuda() -> bool:
-    """Whether torch, asked in a process of its own, sees a GPU."""
-    try:
-        return _child("import torch; print(torch.cuda.is_available())").stdout.strip().endswith("True")
-    except subprocess.TimeoutExpired:
-        return False
-
-
-def has_gpu_driver() -> bool:
-    """Whether an NVIDIA driver is loaded."""
-    return Path("/proc/driver/nvidia/version").exists()
-
-
-def this_machine() -> dict[str, str]:
-    """What runs this process."""
-    return {
-        "system": platform.system(),
-        "architecture": platform.machine(),
-        "python": platform.python_version(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-        "compiler": shutil.which("g++") or "",
-        "data": os.environ.get("FEDTOWER_DATA", ""),
-    }
-
-
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print everything that was found as JSON.")
 @click.pass_context
 def doctor(context: click.Context, as_json: bool) -> None:
-    """Say what is installed, what is missing for what, and which command mends it."""
+    """Say what is installed, what is missing for what, and which command mends it.
+
+    For example: fedtower doctor --json
+    """
     diagnosis = examine(installed(), why_not_importable, this_machine())
     if as_json:
         click.echo(json.dumps(as_dict(diagnosis), indent=2))
@@ -365,7 +288,7 @@ def _finding(library: Library, versions: Mapping[str, str], reason: str | None) 
 def _version(library: Library, versions: Mapping[str, str]) -> str:
     """The installed version of a library; of fbgemm, whichever build is there; of mlflow, the full or the light one."""
     stands_in = {"fbgemm-gpu": "fbgemm-gpu-cpu", "mlflow-skinny": "mlflow", "faiss-cpu": "faiss-gpu"}
-    name = _canonical(library.distribution)
+    name = canonical(library.distribution)
     found = versions.get(name, "")
     other = stands_in.get(name, "")
     if SHIM in found:
@@ -395,17 +318,8 @@ def _verdict(feature: Feature, findings: Mapping[str, Finding]) -> Verdict:
     wanted = {finding.name for finding in lacking}
     extras = dict.fromkeys(library.extra for library in LIBRARIES if library.distribution in wanted)
     base = [name for name in BASE if name in wanted]
-    commands = [_pip(f"install --force-reinstall {shlex.join(base)}")] if base else []
+    commands = [pip(f"install --force-reinstall {shlex.join(base)}")] if base else []
     return Verdict(feature.name, False, why, " && ".join(commands + [install_command(e) for e in extras if e]))
-
-
-def _child(code: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-W", "ignore", "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
-
-
-def _pip(arguments: str) -> str:
-    return f"{shlex.quote(sys.executable)} -m pip {arguments}"
 
 
 def _say(console: Console, words: str) -> None:
@@ -416,7 +330,3 @@ def _say(console: Console, words: str) -> None:
 def _release(version: str) -> str:
     """The first two numbers of a version: '1.8' of '1.8.0+cpu.shim'."""
     return ".".join(version.split("+")[0].split(".")[:2])
-
-
-def _canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()

@@ -11,7 +11,9 @@ from fedtower.recsys.history import Events
 
 IntArray = NDArray[np.int64]
 
-_ATTEMPTS = 200
+# A client that has touched half of the catalogue is refused so often once in 2**32 draws; then what is left to it is
+# listed, which costs a pass over the catalogue.
+_ATTEMPTS = 32
 
 
 def uniform_negatives(events: Events, num_items: int, steps: int, count: int, draws: Draws, round: int) -> IntArray:
@@ -23,7 +25,7 @@ def uniform_negatives(events: Events, num_items: int, steps: int, count: int, dr
         C clients -> (C, steps, count)
 
     Raises:
-        DataError: a client that has touched (nearly) every item.
+        DataError: a client that has touched every item.
     """
     touched = np.sort(events.owners * num_items + events.items)
     clients = events.clients[:, None, None]
@@ -40,11 +42,17 @@ def uniform_negatives(events: Events, num_items: int, steps: int, count: int, dr
         chosen[c, s, n] = again
         refused = _contains(touched, c * num_items + again)
         c, s, n = c[refused], s[refused], n[refused]
-    raise DataError(
-        f"client {events.clients[c[0]]} has touched nearly all of the {num_items} items, so that {_ATTEMPTS} draws "
-        f"found none that it "
-        f"did not; leave such clients out, or use a larger catalogue"
-    )
+    for client in np.unique(c):
+        mine = c == client
+        left = np.setdiff1d(np.arange(num_items, dtype=np.int64), events.items[events.owners == client])
+        if not len(left):
+            raise DataError(
+                f"client {events.clients[client]} has touched all of the {num_items} items, so there are no negatives "
+                f"for it; leave such clients out of the data, or use a larger catalogue"
+            )
+        where = draws.integers(len(left), "negatives", round, events.clients[c[mine]], s[mine], n[mine], _ATTEMPTS)
+        chosen[c[mine], s[mine], n[mine]] = left[where]
+    return chosen
 
 
 def _contains(ordered: IntArray, keys: IntArray) -> NDArray[np.bool_]:

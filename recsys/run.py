@@ -19,6 +19,7 @@ from fedtower.core.hooks import Hooks
 from fedtower.core.recipe import Part, Recipe, check, load_recipe
 from fedtower.core.registry import Registry, discover
 from fedtower.recsys.evaluation import Evaluation
+from fedtower.recsys.losses import RANKING, loss_of
 from fedtower.recsys.run_folder import RunFolder
 from fedtower.recsys.runlog import RunLog
 from fedtower.recsys.standalone import Standalone
@@ -92,6 +93,8 @@ def run(
     """
     registry = registry or discover(folder=Path.cwd())
     recipe = load_recipe(name_or_path, _as_overrides(overrides), registry)
+    if recipe.mode == "simulated" and recipe.local.loss == "in_batch_softmax":
+        loss_of(RANKING, recipe.local.loss)  # refuses it, before there is a folder
     hooks = _hooks(recipe, registry, observers)
     folder = RunFolder.create(recipe, registry, Path(runs))
     with folder.locked():
@@ -112,7 +115,8 @@ def resume(
     stopped.
     """
     place = RunFolder.open(Path(folder))
-    registry = registry or discover(folder=Path.cwd())
+    registry = registry or discover()
+    registry.use_folder(place.path)
     recipe = place.recipe()
     check(recipe, registry)
     hooks = _hooks(recipe, registry, observers)
@@ -128,7 +132,8 @@ def load(
 ) -> Trained:
     """The model of a run's newest checkpoint, with the data it was trained on."""
     place = RunFolder.open(Path(folder))
-    registry = registry or discover(folder=Path.cwd())
+    registry = registry or discover()
+    registry.use_folder(place.path)
     recipe = place.recipe()
     check(recipe, registry)
     setting = _setting(recipe, registry, Hooks.none(), progress)
@@ -247,7 +252,9 @@ def _training(setting: Setting) -> Training:
 
 def _hooks(recipe: Recipe, registry: Registry, observers: Iterable[object]) -> Hooks:
     """The hooks of the plugins, of the recipe's trackers, and of ``observers``; JSON lines are always written."""
-    hooks = Hooks(registry.manager)
+    hooks = Hooks.none()  # of this run alone: another one with the same registry must not be told of it
+    for name, plugin in registry.manager.list_name_plugin():
+        hooks.add(plugin, name)
     hooks.report = lambda message: hooks.observe("warned", message=message)
     parts = [Part("jsonl"), *(part for part in recipe.trackers if part.name != "jsonl")]
     trackers = [registry.make("tracker", part, path="trackers") for part in parts]
@@ -258,5 +265,14 @@ def _hooks(recipe: Recipe, registry: Registry, observers: Iterable[object]) -> H
 
 def _as_overrides(overrides: Mapping[str, Any] | Iterable[str]) -> list[str]:
     if isinstance(overrides, Mapping):
-        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        return [f"{key}={_toml(value)}" for key, value in overrides.items()]
     return list(overrides)
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it on one line. JSON's strings, numbers and booleans are written alike."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_toml(key)} = {_toml(held)}' for key, held in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value, ensure_ascii=False, default=str)

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import Any
 import tomli_w
 
 from fedtower.core.checkpoint import list_checkpoints, storage_errors
+from fedtower.core.discovery import LOCAL_FILE
 from fedtower.core.errors import CheckpointError
 from fedtower.core.recipe import Recipe, parse_recipe
 from fedtower.core.registry import Registry
@@ -27,8 +29,8 @@ _LIBRARIES = ("fedtower", "numpy", "pandas", "torch", "torchrec", "fbgemm-gpu-cp
 
 @dataclass(frozen=True)
 class RunFolder:
-    """``runs/NAME-N``: recipe.toml, environment.json, log.jsonl, checkpoints/, and after the run summary.json,
-    report.html.
+    """``runs/NAME-N``: recipe.toml, environment.json, log.jsonl, checkpoints/, fedtower_plugins.py if the recipe had
+    one beside it, and after the run summary.json, report.html.
     """
 
     path: Path
@@ -51,6 +53,8 @@ class RunFolder:
                 except FileExistsError:  # another run was quicker
                     number += 1
             (path / "recipe.toml").write_text(tomli_w.dumps(recipe.to_dict()), encoding="utf-8")
+            if registry.folder is not None:  # the run's own copy is what a resume imports
+                shutil.copyfile(registry.folder / LOCAL_FILE, path / LOCAL_FILE)
             (path / "environment.json").write_text(
                 json.dumps(environment(recipe, registry), indent=1) + "\n", encoding="utf-8"
             )
@@ -102,7 +106,9 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run, so that nobody else trains it at the same time; a killed process lets go by itself."""
-        with storage_errors(self.path), (self.path / ".lock").open("w") as handle:
+        with storage_errors(self.path):
+            handle = (self.path / ".lock").open("w")
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

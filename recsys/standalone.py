@@ -13,7 +13,7 @@ from torch.func import vmap
 
 from fedtower.core.checkpoint import grouped
 from fedtower.core.errors import RecipeError
-from fedtower.core.round import RoundReport
+from fedtower.core.round import RoundReport, stopped
 from fedtower.core.runtime import Work
 from fedtower.core.server import Schedule
 from fedtower.recsys.learned import Learned
@@ -78,7 +78,7 @@ class Standalone:
             )
             setting.hooks.observe("round_finished", report=report)
             yield report
-            if setting.hooks.decide("stop_run", report=report):
+            if stopped(report, setting.hooks):
                 return
 
     def _step(self, work: Work, scale: float) -> float:
@@ -88,10 +88,10 @@ class Standalone:
         ids: dict[str, Tensor] = {}
         if tables is not None:
             needed, where = _common_rows(work)
+            tables.begin(scale)
             rows = tables.rows(self._model.declared.source, needed)
             slots = {name: rows[torch.from_numpy(places).to(device)] for name, places in where.items()}
             ids = {name: torch.from_numpy(needed[places]).to(device) for name, places in where.items()}
-            tables.begin(scale)
         inputs = {name: torch.from_numpy(np.array(values[:, 0])).to(device) for name, values in work.inputs.items()}
         own = {
             name: torch.from_numpy(self._model.store.read(name, work.clients)).to(device).requires_grad_()

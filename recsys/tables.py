@@ -147,7 +147,7 @@ class CloudTables:
         self.finish()
 
     def begin(self, lr_scale: float) -> None:
-        """Set the learning rates of the step to come."""
+        """Set the learning rates of the step to come, before its :meth:`rows`: they take the tables' rate along."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._row_lr * lr_scale
         self._optimizer.step()  # the fused kernels read the learning rate here; nothing else is stepped

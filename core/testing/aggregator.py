@@ -128,5 +128,5 @@ def _assert_says(total: Updates, client: Updates) -> None:
 
 def _stored(state: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     """The state as a checkpoint gives it back."""
-    assert all(isinstance(value, np.ndarray | np.generic) for value in state.values()), "a state holds numpy arrays"
+    assert all(isinstance(value, np.ndarray) for value in state.values()), "a state holds numpy arrays"
     return {str(name): np.array(value) for name, value in state.items()}

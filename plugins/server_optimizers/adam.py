@@ -47,9 +47,10 @@ class Adam:
         for name, value in parameters.items():
             m = self.beta1 * state[f"m/{name}"] + (1 - self.beta1) * delta[name]
             v = self.beta2 * state[f"v/{name}"] + (1 - self.beta2) * delta[name] ** 2
-            after[f"m/{name}"], after[f"v/{name}"] = m.astype(np.float32), v.astype(np.float32)
+            # A parameter without dimensions would come out of the arithmetic as a scalar, which is no array.
+            after[f"m/{name}"], after[f"v/{name}"] = np.asarray(m, np.float32), np.asarray(v, np.float32)
             step = m / (1 - self.beta1**steps) / (np.sqrt(v / (1 - self.beta2**steps)) + self.eps)
-            moved[name] = (value + lr * step).astype(np.float32)
+            moved[name] = np.asarray(value + lr * step, np.float32)
         return moved, after
 
 

@@ -35,10 +35,10 @@ class SGD:
 
     def update(self, parameters: Parameters, delta: Parameters, state: State, lr: float) -> tuple[Parameters, State]:
         if self.momentum:
-            delta = {name: np.float32(self.momentum) * state[name] + delta[name] for name in parameters}
+            delta = {name: np.asarray(np.float32(self.momentum) * state[name] + delta[name]) for name in parameters}
             state = dict(delta)
         return {
-            name: (value + np.float32(lr) * delta[name]).astype(np.float32) for name, value in parameters.items()
+            name: np.asarray(value + np.float32(lr) * delta[name], np.float32) for name, value in parameters.items()
         }, state
 
 

@@ -21,13 +21,17 @@ from fedtower.core.updates import Updates
 
 States = Mapping[str, NDArray[np.float32]]
 
+# Each product is rounded to 24 bits, perhaps upwards; with this much less, not one update passes the bound.
+ROUNDING = 1.0 - 2.0**-23
+
 
 @dataclass(frozen=True)
 class Clip:
     r"""Each client's update times :math:`\min(1, \text{norm} / \lVert\Delta\rVert_2)`, dense parameters and rows
     together.
 
-    An update that is not finite has no norm; it passes as it is, for the server to refuse.
+    The metric ``clipped`` is 1 for a client whose update was shortened. An update that is not finite has no norm; it
+    passes as it is, for the server to refuse.
     """
 
     norm: float = field(metadata={"help": "the longest that an update may be (L2)"})
@@ -42,26 +46,32 @@ class Clip:
     def on_client(self, updates: Updates, state: States, draws: Draws) -> tuple[Updates, States]:
         squared = np.zeros(len(updates))
         for delta in updates.dense.values():
-            squared += np.square(delta.astype(np.float64)).reshape(len(updates), -1).sum(axis=1)
+            squared += np.square(delta.astype(np.float64)).sum(axis=tuple(range(1, delta.ndim)))
         for part in updates.rows.values():
             lengths = np.square(part.row_deltas.astype(np.float64)).sum(axis=1)
             squared += np.bincount(part.owners, weights=lengths, minlength=len(updates))
-        with np.errstate(divide="ignore"):
-            factor = np.minimum(1.0, self.norm / np.sqrt(squared)).astype(np.float32)
-        factor[~np.isfinite(squared)] = 1.0
-        dense = {name: delta * factor.reshape(-1, *([1] * (delta.ndim - 1))) for name, delta in updates.dense.items()}
+        length = np.sqrt(squared)
+        long = np.isfinite(length) & (length > self.norm)
+        factor = np.ones(len(updates))
+        factor[long] = self.norm / length[long] * ROUNDING
+        dense = {name: _times(delta, factor) for name, delta in updates.dense.items()}
         rows = {
-            table: replace(part, row_deltas=part.row_deltas * factor[part.owners][:, None])
+            table: replace(part, row_deltas=_times(part.row_deltas, factor[part.owners]))
             for table, part in updates.rows.items()
         }
-        clipped = (factor < 1).astype(np.float64)
-        return replace(updates, dense=dense, rows=rows, metrics={**updates.metrics, "clipped": clipped}), state
+        metrics = {**updates.metrics, "clipped": long.astype(np.float64)}
+        return replace(updates, dense=dense, rows=rows, metrics=metrics), state
 
     def decode(self, block: Updates) -> Updates:
         return block
 
     def finish(self, total: Updates, cohort: Cohort) -> Updates:
         return total
+
+
+def _times(deltas: NDArray[np.float32], factor: NDArray[np.float64]) -> NDArray[np.float32]:
+    """``deltas`` (n, ...) times ``factor`` (n,), in double precision and then rounded once."""
+    return (deltas * factor.reshape(-1, *([1] * (deltas.ndim - 1)))).astype(np.float32)
 
 
 @hookimpl

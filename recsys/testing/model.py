@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -30,6 +30,14 @@ class ModelPromises(Promises):
 
     What data it is for is found out: the first of histories, clicks and images that it does not refuse.
     """
+
+    @pytest.fixture(autouse=True)
+    def one_thread(self) -> Iterator[None]:
+        """Steps this small only lose by threads, and on a busy machine they lose seconds."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
 
     def declare(self, seed: int = 1, schema: Schema | ExampleSchema | None = None) -> Declared:
         """The model's parts for a small data set."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,14 @@ class RuntimePromises(Promises):
     def case(self, request: pytest.FixtureRequest) -> Case:
         """A small model, and work for it: of histories, of clicks, and of images."""
         return CASES[request.param]
+
+    @pytest.fixture(autouse=True)
+    def one_thread(self) -> Iterator[None]:
+        """Steps this small only lose by threads, and on a busy machine they lose seconds."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
 
     def train(self, model: Declared, plan: Plan, work: Work) -> tuple[Updates, States]:
         """One visit, in a runtime opened for it."""

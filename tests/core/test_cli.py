@@ -127,6 +127,12 @@ def test_a_command_line_that_cannot_be_read(
         (OSError(errno.ENOSPC, "x", "runs/a"), 6, "error: runs/a: the disk is full; free some space\n"),
         (OSError(errno.EROFS, "x", "runs"), 6, "error: runs: the file system is read-only; choose another folder\n"),
         (PermissionError(errno.EACCES, "x"), 6, "error: a file: there is no permission to do that"),
+        (
+            ModuleNotFoundError("x", name="torch.nn"),
+            7,
+            "error: this needs torch, which is not installed; `pip install 'fed",
+        ),
+        (ModuleNotFoundError("x", name="fedtower.gone"), 1, "error: ModuleNotFoundError: x (at "),
         (ZeroDivisionError("oh"), 1, "error: ZeroDivisionError: oh (at "),
     ],
 )

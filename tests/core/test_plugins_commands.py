@@ -78,7 +78,10 @@ def test_the_list_is_json_on_request(project: Path, capsys: pytest.CaptureFixtur
     assert plugin["offers"] == ["aggregator my_mean", "aggregator my_last"]
 
 
-def test_show_says_all_there_is_to_know(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_says_all_there_is_to_know(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # a temporary folder's path is long, and is folded where it does not fit
     assert call(["plugins", "show", "my_mean"]) == 0
     said = capsys.readouterr().out
     for wanted in (

@@ -14,7 +14,7 @@ import pytest
 from fedtower.core.discovery import Gate, Source
 from fedtower.core.errors import MissingDependency, PluginError, RecipeError
 from fedtower.core.hooks import Hooks, hookimpl
-from fedtower.core.offers import Kind
+from fedtower.core.offers import Kind, how_to_install
 from fedtower.core.registry import Registry, discover
 from fedtower.core.settings import Part
 
@@ -261,13 +261,10 @@ def test_what_is_wrong_with_a_target_is_said_when_it_is_used(tmp_path: Path, mon
 
 
 def test_the_extra_is_read_from_the_distributions_metadata() -> None:
-    from fedtower.core.offers import Offer, _how_to_install
-
-    offer = Offer("model", "dssm", "a:B", distribution="fedtower")
-    assert _how_to_install(offer, "torch") == "`pip install 'fedtower[cloud]'` brings it"
-    assert _how_to_install(offer, "faiss") == "`pip install 'fedtower[cloud]'` brings it"
-    assert _how_to_install(offer, "grpc") == "`pip install 'fedtower[device]'` brings it"
-    assert "often `pip install unheard_of`" in _how_to_install(offer, "unheard_of")
+    assert how_to_install("torch", "fedtower") == "`pip install 'fedtower[cloud]'` brings it"
+    assert how_to_install("faiss", "fedtower") == "`pip install 'fedtower[cloud]'` brings it"
+    assert how_to_install("grpc", "fedtower") == "`pip install 'fedtower[device]'` brings it"
+    assert "often `pip install unheard_of`" in how_to_install("unheard_of", "fedtower")
 
 
 def test_a_part_is_made_of_its_settings() -> None:

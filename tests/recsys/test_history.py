@@ -101,3 +101,11 @@ def test_a_card_of_nothing_has_no_density() -> None:
 def test_blocks_cover_everybody_once() -> None:
     assert np.concatenate(list(blocks(10, 4))).tolist() == list(range(10))
     assert list(blocks(0, 4)) == []
+
+
+@given(rows_of_data)
+def test_times_may_be_of_any_size(rows: Rows) -> None:
+    far = [(client, item, time << 60) for client, item, time in rows]
+    near, apart = table(rows).events(np.arange(6)), table(far).events(np.arange(6))
+    assert near.items.tolist() == apart.items.tolist()
+    assert [time << 60 for time in near.times.tolist()] == apart.times.tolist()

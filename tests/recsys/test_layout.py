@@ -33,6 +33,14 @@ def test_columns_by_name(tmp_path: Path, name: str) -> None:
 
 def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
     assert len(read_table(write(tmp_path / "a.csv", "\ufeffuser,rating\n1,2\n"), CSV)) == 1
+    with pytest.raises(DataError, match=r"line 2, column 2 .rating.: .* got 'x'"):
+        read_table(write(tmp_path / "a.csv", "\ufeffuser,rating\n1,x\n"), CSV)
+
+
+@pytest.mark.parametrize("word", ["inf", "-inf", "nan"])
+def test_what_is_not_finite_is_no_number(tmp_path: Path, word: str) -> None:
+    with pytest.raises(DataError, match=f"line 3, column 1 .x.: expected a number, got '{word}'"):
+        read_table(write(tmp_path / "a.csv", f"x\n1e300\n{word}\n"), Layout((Column("x", "number"),), header=True))
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,11 @@ class DSSM:
     def __post_init__(self) -> None:
         if self.dim < 4 or self.dim % 4:
             raise RecipeError(f"model.dim must be a positive multiple of 4, not {self.dim}")
+        for name, value, least in (("hidden", self.hidden, 1), ("item_hidden", self.item_hidden, 0)):
+            if value < least:
+                raise RecipeError(f"model.{name} must be at least {least}, not {value}")
+        if not self.scale >= 0:
+            raise RecipeError(f"model.scale is a standard deviation, so it cannot be {self.scale}")
         if any(window < 1 for window in self.windows):
             raise RecipeError(f"model.windows must be numbers of items from 1 on, not {list(self.windows)}")
 
@@ -84,8 +89,7 @@ class ItemTower(CloudTower):
                 linear(dim + num_features, hidden, generator), nn.ReLU(), linear(hidden, dim, generator)
             )
         else:
-            self.features = nn.Linear(num_features, dim, bias=False)
-            nn.init.zeros_(self.features.weight)
+            self.features = nn.Parameter(torch.zeros(num_features, dim))
         self.hidden = hidden
 
     def forward(self, rows: Tensor, features: Tensor) -> Tensor:
@@ -93,7 +97,7 @@ class ItemTower(CloudTower):
         if self.hidden:
             vector = vector + self.residual(torch.cat([vector, features], dim=1))
         else:
-            vector = vector + self.features(features)
+            vector = vector + features @ self.features
         return torch.cat([vector, bias], dim=1)
 
 

@@ -98,14 +98,14 @@ def test_times_are_numbers_or_iso_8601(tmp_path: Path, times: list[str], unit: s
     assert [(name, time) for name, time, _ in events_of(table, "ann")] == [(name, time) for _, name, time in expected]
 
 
-FEATURES = "who,what,town,kind,name\nann,x,N,a|b,Xylo\nbob,x,S,a|b,Xylo\nann,y,E,,Yes\n"
+FEATURES = "who,what,town,kind,name\nann,x,N,a|b,Xylo\nbob,x,S,a|b,Xylo\nann,y,S,,Yes\n"
 
 
 def test_features_may_be_columns_of_the_interactions(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(FEATURES)
     table = load(made(path, user_features=["town"], item_features=["kind"], title="name"))
-    assert table.user_features(np.arange(2)).tolist() == [[1, 0], [0, 1]]  # ann's last town: E, and S of bob
+    assert table.user_features(np.arange(2)).tolist() == [[1], [1]]  # ann has moved from N to S
     assert table.item_features(np.arange(2)).tolist() == [[1, 1], [0, 0]]
     assert [table.item_title(item) for item in range(2)] == ["Xylo", "Yes"]
 

@@ -220,6 +220,18 @@ def test_a_given_item_is_the_last_of_those_in_the_same_second(tmp_path: Path) ->
     assert table.item_name(int(table.events(np.array([0])).items[-1])) == mine[-1].split("::")[1]
 
 
+def test_a_given_item_is_the_last_whatever_its_time(tmp_path: Path) -> None:
+    dataset = ncf(tmp_path)
+    lines = (tmp_path / "ratings.dat").read_text().splitlines()
+    at = max(n for n, line in enumerate(lines) if line.startswith("7::"))
+    lines[at] = lines[at].rpartition("::")[0] + "::5"
+    (tmp_path / "ratings.dat").write_text("\n".join(lines))
+    table = load(dataset)
+    events = table.events(np.array([6]))
+    assert table.item_name(int(events.items[-1])) == lines[at].split("::")[1]
+    assert (np.diff(events.times) >= 0).all()
+
+
 def test_positions_instead_of_times_have_no_time_span(tmp_path: Path) -> None:
     ranked = "\n".join(f"{user}::{movie}::4::{k}" for user in (2, 5, 9) for k, movie in enumerate((10, 20, 30)))
     table = load(MovieLens("1m", write(tmp_path, "1m", changed={"ratings.dat": ranked}), complete=False))

@@ -1,0 +1,265 @@
+"""Promises are awake: parts that are broken on purpose, each in one way, and the promise that has to notice."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+pytest_plugins = ["pytester"]
+
+HEAD = """
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+import numpy as np
+import torch
+from click import Option, command
+from fedtower.core.cohort import Cohort
+from fedtower.core.hooks import hookimpl
+from fedtower.core.recipe import parse_recipe
+from fedtower.core.testing import examples
+from fedtower.core.testing.aggregator import AggregatorPromises
+from fedtower.core.testing.command import CommandPromises
+from fedtower.core.testing.observer import ObserverPromises
+from fedtower.core.testing.recipe import RecipePromises
+from fedtower.core.testing.sampler import SamplerPromises
+from fedtower.core.testing.server_optimizer import ServerOptimizerPromises
+from fedtower.core.testing.transform import TransformPromises
+from fedtower.core.testing.transport import TransportPromises
+from fedtower.core.updates import Updates, stack
+from fedtower.plugins.aggregators.fedavg import FedAvg
+from fedtower.plugins.datasets.synthetic import Synthetic, SyntheticPopulation
+from fedtower.plugins.models.dssm.model import DSSM, UserTower
+from fedtower.plugins.runtimes.torch_loop.runtime import Loop, TorchLoop
+from fedtower.plugins.samplers.uniform import Uniform
+from fedtower.plugins.server_optimizers.adam import Adam
+from fedtower.plugins.transforms.clip import Clip
+from fedtower.plugins.transports.in_process import InProcess
+from fedtower.recsys.testing.dataset import DatasetPromises
+from fedtower.recsys.testing.model import ModelPromises
+from fedtower.recsys.testing.runtime import RuntimePromises
+"""
+
+MUTANTS = {
+    # sampler
+    "Favourites(SamplerPromises)": (
+        "def make(): return type('S', (Uniform,), {'sample': lambda s, r, p, d:"
+        " Cohort(r, np.arange(min(p, 3)), p)})(3)",
+        {"everyone_takes_part_sooner_or_later", "cohorts_change_from_round_to_round"},
+    ),
+    "Counting(SamplerPromises)": (
+        """
+        def make():
+            class S:
+                calls = 0
+                def sample(self, round, population, draws):
+                    self.calls += 1
+                    return Uniform(3).sample(self.calls, population, draws)
+            return S()
+        """,
+        {"earlier_rounds_do_not_matter"},
+    ),
+    # aggregator
+    "Floats(AggregatorPromises)": (
+        """
+        class make(FedAvg):
+            def fold(self, blocks, state):
+                blocks = list(blocks)
+                total, state = super().fold(blocks, state)
+                cohort = stack(blocks)
+                sums = {n: np.add.reduce((d.T * cohort.weights.astype(np.float32)).T, axis=0, keepdims=True)
+                        for n, d in cohort.dense.items()}
+                means = {n: (s / np.float32(cohort.weights.sum())).astype(np.float32) for n, s in sums.items()}
+                return replace(total, dense=means), state
+        """,
+        {"the_order_of_arrival_changes_no_bit"},
+    ),
+    "Last(AggregatorPromises)": (
+        """
+        class make:
+            def fold(self, blocks, state):
+                return list(blocks)[-1].slice(0, 1), state
+        """,
+        {"the_width_of_blocks_changes_no_bit", "nothing_to_fold_is_refused"},
+    ),
+    "Trusting(AggregatorPromises)": (
+        """
+        class make(FedAvg):
+            def fold(self, blocks, state):
+                cohort = stack(blocks)
+                total, state = super().fold([replace(cohort, dense={n: np.nan_to_num(d, posinf=0, neginf=0)
+                    for n, d in cohort.dense.items()}, rows={})], state)
+                bad = {n: np.where(np.isfinite(cohort.dense[n]).all(), t, np.nan).astype(np.float32)
+                    for n, t in total.dense.items()}
+                return replace(total, dense=bad), state
+        """,
+        {"what_is_not_finite_never_reaches_the_total"},
+    ),
+    "Summing(AggregatorPromises)": (
+        """
+        class make(FedAvg):
+            def fold(self, blocks, state):
+                total, state = super().fold(blocks, state)
+                return replace(total, dense={n: d * total.weights[0].astype(np.float32)
+                    for n, d in total.dense.items()}), state
+        """,
+        {"a_single_client_is_returned_as_it_is", "the_unit_of_weights_does_not_matter"},
+    ),
+    # server optimiser
+    "Uphill(ServerOptimizerPromises)": (
+        """
+        class make(Adam):
+            def update(self, parameters, delta, state, lr):
+                return super().update(parameters, {n: -d for n, d in delta.items()}, state, lr)
+        """,
+        {"the_first_step_follows_the_delta", "a_bowl_is_descended"},
+    ),
+    "Forgetful(ServerOptimizerPromises)": (
+        """
+        def make():
+            class S(Adam):
+                def update(self, parameters, delta, state, lr):
+                    object.__setattr__(self, 'calls', getattr(self, 'calls', 0) + 1)
+                    return super().update(parameters, delta, state, lr / self.calls)
+            return S()
+        """,
+        {"a_state_can_be_kept_and_goes_on_alike"},
+    ),
+    # transform
+    "Mixing(TransformPromises)": (
+        """
+        def make():
+            class T(Clip):
+                def on_client(self, updates, state, draws):
+                    mean = {n: d - d.mean(axis=0, keepdims=True) for n, d in updates.dense.items()}
+                    return replace(updates, dense=mean), state
+            return T(norm=1.0)
+        """,
+        {"who_else_is_in_the_block_does_not_matter"},
+    ),
+    "Scribbling(TransformPromises)": (
+        """
+        def make():
+            class T(Clip):
+                def on_client(self, updates, state, draws):
+                    for delta in updates.dense.values():
+                        delta *= 0.5
+                    return updates, state
+            return T(norm=1.0)
+        """,
+        {"the_same_draws_give_the_same_and_inputs_are_left_alone"},
+    ),
+    # transport
+    "Twice(TransportPromises)": (
+        """
+        class make(InProcess):
+            def exchange(self, plan, cohort, visit, draws):
+                for block in super().exchange(plan, cohort, visit, draws):
+                    yield block
+                    yield block
+        """,
+        {"what_comes_back_is_what_the_clients_sent"},
+    ),
+    "Silent(TransportPromises)": (
+        """
+        class make(InProcess):
+            def exchange(self, plan, cohort, visit, draws):
+                return iter(())
+        """,
+        {"somebody_answers"},
+    ),
+    # observer
+    "Clumsy(ObserverPromises)": (
+        """
+        class make:
+            @hookimpl
+            def round_finished(self, report):
+                report.no_such_thing
+        """,
+        {"it_survives_a_whole_run"},
+    ),
+    "Deaf(ObserverPromises)": ("class make: pass", {"it_has_hooks"}),
+    "Unreasonable(ObserverPromises)": (
+        """
+        class make:
+            @hookimpl
+            def stop_run(self, report):
+                return True
+        """,
+        {"it_decides_with_what_the_round_can_use"},
+    ),
+    # command and recipe
+    "Wordless(CommandPromises)": (
+        "def make(): return command('x')(lambda: None)",
+        {"help_says_what_it_does_and_shows_an_example"},
+    ),
+    "Foreign(RecipePromises)": (
+        "def make(): return parse_recipe({**examples.recipe().to_dict(), 'aggregator': {'name': 'unheard_of'}})",
+        {"every_part_is_installed_and_accepts_its_settings"},
+    ),
+    # dataset
+    "Crowded(DatasetPromises)": (
+        """
+        class Small(Synthetic):
+            def load(self, *, draws, progress):
+                class P(SyntheticPopulation):
+                    def events(self, clients):
+                        events = super().events(clients)
+                        return replace(events, items=np.minimum(events.items, 3), times=events.times[::-1].copy())
+                return P(self, draws)
+        def make(): return Small(users=30, items=300, mean_events=40.0)
+        """,
+        {"a_client_has_no_item_twice", "events_are_in_time_order_and_of_known_items"},
+    ),
+    # model
+    "Seer(ModelPromises)": (
+        """
+        class Tower(UserTower):
+            def represent(self, history, target, user):
+                return super().represent(history, target + 1, user)
+        class make(DSSM):
+            def declare(self, schema, generator):
+                declared = super().declare(schema, generator)
+                declared.shared.__class__ = Tower
+                return declared
+        """,
+        {"only_what_came_before_the_target_is_looked_at"},
+    ),
+    "Lucky(ModelPromises)": (
+        """
+        class make(DSSM):
+            def declare(self, schema, generator):
+                return super().declare(schema, torch.Generator().manual_seed(int(torch.randint(1 << 30, ()))))
+        """,
+        {"it_starts_from_the_generator_alone"},
+    ),
+    # runtime
+    "Hasty(RuntimePromises)": (
+        """
+        class Short(Loop):
+            def train(self, plan, work):
+                return super().train(plan, replace(work, steps=np.minimum(work.steps, 1)))
+        class make(TorchLoop):
+            def open(self, model, local):
+                return Short(super().open(model, local).step)
+        """,
+        {"it_agrees_with_the_obvious_loop"},
+    ),
+}
+
+
+def test_every_mutant_is_caught_by_the_promise_it_breaks(pytester: pytest.Pytester) -> None:
+    source = HEAD
+    for title, (body, _) in MUTANTS.items():
+        lines = body.strip("\n").splitlines()
+        margin = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
+        made = "\n".join(line[margin:] for line in lines)
+        source += f"\n{made}\nclass Test{title}:\n    make = staticmethod(make)\n"
+    pytester.makepyfile(source)
+    result = pytester.runpytest("-q", "-p", "no:cacheprovider", "-rfE", "--tb=no", "-W", "ignore")
+    broken: dict[str, set[str]] = {}
+    for name, promise in re.findall(r"(?:FAILED|ERROR) \S+::Test(\w+)::test_(\w+)", str(result.stdout)):
+        broken.setdefault(name, set()).add(promise)
+    for title, (_, promises) in MUTANTS.items():
+        name = title.partition("(")[0]
+        assert promises <= broken.get(name, set()), f"{name} broke only {broken.get(name)}"

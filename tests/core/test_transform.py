@@ -1,0 +1,95 @@
+"""Chains of transforms: first to last on the client, last to first on the server, each with a state of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+from fedtower.core.cohort import Cohort
+from fedtower.core.draws import Draws
+from fedtower.core.plan import Plan
+from fedtower.core.transform import States, decode, finish, on_client
+from fedtower.core.updates import Updates
+
+NOBODY = Cohort(1, np.zeros(0, dtype=np.int64), 1)
+
+
+@dataclass(frozen=True)
+class TimesPlus:
+    """x becomes ``factor`` x + ``plus`` on the client, and back when it is decoded; visits are counted."""
+
+    factor: float
+    plus: float
+
+    def state(self, plan: Plan) -> Mapping[str, tuple[int, ...]]:
+        return {"visits": ()}
+
+    def on_client(self, updates: Updates, state: States, draws: Draws) -> tuple[Updates, States]:
+        return _mapped(updates, self.factor, self.plus), {"visits": state["visits"] + np.float32(self.factor)}
+
+    def decode(self, block: Updates) -> Updates:
+        return _mapped(block, 1 / self.factor, -self.plus / self.factor)
+
+    def finish(self, total: Updates, cohort: Cohort) -> Updates:
+        return _mapped(total, self.factor, self.plus)
+
+
+def _mapped(updates: Updates, factor: float, plus: float) -> Updates:
+    return replace(updates, dense={name: (delta * factor + plus) for name, delta in updates.dense.items()})
+
+
+def block(*values: float) -> Updates:
+    return Updates(np.ones(len(values)), {"x": np.array(values, dtype=np.float32)})
+
+
+def values(updates: Updates) -> list[float]:
+    return [float(value) for value in updates.dense["x"]]
+
+
+CHAIN = (TimesPlus(2, 1), TimesPlus(4, 3))
+
+
+def test_the_first_transform_is_the_first_on_the_client() -> None:
+    states = [{"visits": np.array([0.0, 5.0], dtype=np.float32)}, {"visits": np.zeros(2, dtype=np.float32)}]
+    sent, kept = on_client(CHAIN, block(1, 10), states, Draws(1))
+    assert values(sent) == [4 * (2 * 1 + 1) + 3, 4 * (2 * 10 + 1) + 3]
+    assert [state["visits"].tolist() for state in kept] == [[2, 7], [4, 4]]
+
+
+def test_the_last_transform_is_decoded_first() -> None:
+    sent, _ = on_client(CHAIN, block(1, 10), [{"visits": np.zeros(2, dtype=np.float32)}] * 2, Draws(1))
+    (back,) = decode(CHAIN, [sent])
+    assert values(back) == [1, 10]
+
+
+def test_the_last_transform_finishes_first() -> None:
+    assert values(finish(CHAIN, block(1), NOBODY)) == [2 * (4 * 1 + 3) + 1]
+
+
+def test_no_transforms_change_nothing() -> None:
+    sent, kept = on_client((), block(1, 2), (), Draws(1))
+    assert values(sent) == [1, 2]
+    assert kept == []
+    assert values(finish((), block(1), NOBODY)) == [1]
+
+
+def test_blocks_are_decoded_as_they_come() -> None:
+    taken: list[int] = []
+
+    def arriving() -> Iterator[Updates]:
+        for number in range(3):
+            taken.append(number)
+            yield block(float(number))
+
+    decoded = decode(CHAIN, arriving())
+    assert taken == []
+    next(decoded)
+    assert taken == [0]
+
+
+def test_a_state_too_few_is_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        on_client(CHAIN, block(1), [{"visits": np.zeros(1, dtype=np.float32)}], Draws(1))

@@ -1,0 +1,110 @@
+"""What the recommender's tests share: populations written down by hand, a small recipe, runs that are trained once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fedtower
+from fedtower.core.draws import Draws
+from fedtower.core.hooks import Hooks
+from fedtower.core.recipe import load_recipe
+from fedtower.core.registry import Registry, discover
+from fedtower.recsys.event_table import EventTable
+from fedtower.recsys.run import Run
+from fedtower.recsys.splits import make_split
+from fedtower.recsys.training import Setting
+from fedtower.recsys.vocabulary import Vocabulary
+
+SMALL = {
+    "data.users": 60,
+    "data.items": 200,
+    "data.mean_events": 40,
+    "model.dim": 8,
+    "model.hidden": 16,
+    "model.user_vector": True,
+    "local.batch_size": 16,
+    "local.negatives": 20,
+    "local.history_length": 20,
+    "cohort.size": 12,
+    "transport.name": "in_process",
+    "transport.dropout": 0.1,
+    "transforms.0.name": "clip",
+    "transforms.0.norm": 0.5,
+    "rounds": 6,
+    "standalone.epochs": 4,
+    "standalone.users_per_batch": 16,
+    "evaluation.every": 2,
+    "checkpoint.every": 2,
+}
+"""What makes ``dssm-synthetic`` a matter of a second, with the per-user vector, clients that vanish, and clipping."""
+
+
+@pytest.fixture(scope="session")
+def small() -> Mapping[str, Any]:
+    """The overrides that make ``dssm-synthetic`` small."""
+    return SMALL
+
+
+@pytest.fixture(scope="session")
+def population_of() -> Callable[..., EventTable]:
+    """Makes a population of clients who touched these items, in this order; user 2 has the features ``(2, 1)``."""
+
+    def make(histories: Sequence[Sequence[int]], num_items: int) -> EventTable:
+        owners = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+        items = np.array([item for history in histories for item in history], dtype=np.int64)
+        return EventTable.build(
+            "written down",
+            users=Vocabulary(np.arange(len(histories)), "user"),
+            items=Vocabulary(np.arange(num_items), "item"),
+            client_rows=owners.astype(np.int64),
+            item_rows=items,
+            times=np.arange(len(items), dtype=np.int64),
+            user_table=np.stack([np.arange(len(histories)), np.ones(len(histories))], axis=1).astype(np.float32),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def registry() -> Registry:
+    """All installed plugins."""
+    return discover()
+
+
+@pytest.fixture(scope="session")
+def setting_of(registry: Registry) -> Callable[..., Setting]:
+    """Makes what a run of the small recipe has before anything is trained; ``epochs`` instead of steps a visit."""
+
+    def make(overrides: Mapping[str, Any] | None = None, epochs: int | None = None) -> Setting:
+        given = [f"{key}={_toml(value)}" for key, value in {**SMALL, **(overrides or {})}.items()]
+        recipe = load_recipe("dssm-synthetic", given, registry)
+        if epochs is not None:
+            recipe = replace(recipe, local=replace(recipe.local, steps=None, epochs=epochs))
+        draws = Draws(recipe.seed)
+        population = registry.make("dataset", recipe.data.part).load(draws=draws, progress=lambda message: None)
+        split = make_split(recipe.data.split, population, validation=recipe.data.validation, draws=draws)
+        return Setting(recipe, registry, population, split, Hooks.none(), draws, time.monotonic)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def federated_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished small run in simulated mode. Nobody may write into its folder."""
+    return fedtower.run("dssm-synthetic", SMALL, runs=tmp_path_factory.mktemp("federated"))
+
+
+@pytest.fixture(scope="session")
+def standalone_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished small run in standalone mode. Nobody may write into its folder."""
+    return fedtower.run("dssm-synthetic", {**SMALL, "mode": "standalone"}, runs=tmp_path_factory.mktemp("standalone"))
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
