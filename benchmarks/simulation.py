@@ -38,7 +38,7 @@ from fedtower.core.plan import LocalSettings, Plan, RowSettings
 from fedtower.core.recipe import Part, load_recipe
 from fedtower.core.registry import Registry, discover
 from fedtower.core.rows import RowStore
-from fedtower.core.runtime import Work
+from fedtower.core.runtime import Lookup, Work
 from fedtower.core.store import ClientStore
 from fedtower.recsys.batches import SequenceData
 from fedtower.recsys.event_table import EventTable
@@ -157,24 +157,14 @@ class GivenData:
 
         shape = (len(clients), int(steps.max()), size)
         place = owner * shape[1] * size + position
-        # Only what is a batch's is ever written or read, so padding to the longest visit takes addresses, not memory.
-        vector, items = (
-            np.empty((shape[0] * shape[1] * size, 64), np.float32),
-            np.empty((shape[0] * shape[1] * size, 5, 32), np.float32),
-        )
+        seen = np.zeros(shape, dtype=np.int64)
+        items = np.zeros((*shape, 5), dtype=np.int64)
         weight = np.zeros(shape, dtype=np.float32)
-        vector[place], items[place] = self.vectors[self.seen[at]], self.items[chosen]
+        seen.reshape(-1)[place] = self.seen[at]
+        items.reshape(-1, 5)[place] = chosen
         weight.reshape(-1)[place] = 1.0
-        short = np.flatnonzero(count % size)
-        for client, last in zip(short, count[short], strict=True):
-            first, stop = client * shape[1] * size + last, client * shape[1] * size + steps[client] * size
-            vector[first:stop], items[first:stop] = 0.0, 0.0
-        return Work(
-            clients,
-            steps,
-            count,
-            {"vector": vector.reshape(*shape, 64), "items": items.reshape(*shape, 5, 32), "weight": weight},
-        )
+        inputs = {"vector": Lookup(self.vectors, seen), "items": Lookup(self.items, items), "weight": weight}
+        return Work(clients, steps, count, inputs)
 
 
 class Attention(SequenceTower):

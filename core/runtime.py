@@ -42,6 +42,28 @@ class Work:
         return len(self.clients)
 
 
+class Lookup:
+    """An input that is looked up when a step asks for its batch: rows of ``table`` at ``places`` (C, S, *places).
+
+    To be used in the place of an array ``(C, S, *places, *shape)`` that would hold each row many times. ``np.asarray``
+    makes that array.
+    """
+
+    def __init__(self, table: Array, places: IntArray) -> None:
+        self.table, self.places = table, places
+        self.shape = (*places.shape, *table.shape[1:])
+        self.dtype = table.dtype
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, where: Any) -> Array:
+        return np.asarray(self.table[self.places[where]])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return np.asarray(self[:], dtype=dtype)
+
+
 class Runtime(Protocol):
     """Executes local training of one model. Every runtime runs the same step and gives the same numbers."""
 

@@ -61,35 +61,25 @@ class Kind:
     train_rows: bool
 
 
-@dataclass(frozen=True)
-class Stepped:
-    """The names of what the traced step gives back, in order: parameters, states, rows, and the losses ``(K,)``."""
+def trace(step: Step, lanes: Lanes, kind: Kind, common: frozenset[str]) -> GraphModule:
+    """The step of lanes shaped like ``lanes`` as a graph of tensor operations, backward pass and optimiser included.
 
-    parameters: tuple[str, ...]
-    states: tuple[str, ...]
-    rows: tuple[str, ...]
-
-
-def trace(step: Step, lanes: Lanes, kind: Kind, common: frozenset[str]) -> tuple[GraphModule, Stepped]:
-    """The step of lanes shaped like ``lanes`` as a graph of tensor operations, backward pass and optimiser included."""
-    names = Stepped(
-        tuple(sorted(lanes.parameters)),
-        () if kind.once else tuple(sorted(lanes.states)),
-        tuple(sorted(lanes.rows)) if kind.train_rows else (),
-    )
+    It gives back parameters, states (unless the visit ends with the step) and rows (if they are trained), each sorted
+    by name, and the losses ``(K,)``: in the order in which they go in.
+    """
 
     def flat(*values: Tensor) -> list[Tensor]:
         parameters, states, rows, losses = advance(step, lanes.like(values), kind, common)
-        out = [parameters[name] for name in names.parameters]
-        out += [*(states[name] for name in names.states), *(rows[name] for name in names.rows), losses]
-        return [value.contiguous() for value in out]  # what comes out of one call goes into the next
+        groups = (parameters, {} if kind.once else states, rows)
+        out = [group[name] for group in groups for name in sorted(group)]
+        return [value.contiguous() for value in (*out, losses)]  # what comes out of one call goes into the next
 
     # Fake tensors: tracing costs no arithmetic. What they leave on the nodes would clash with the compiler's own.
     graph = make_fx(flat, tracing_mode="fake")(*lanes.flat())
     for node in graph.graph.nodes:
         node.meta.pop("val", None)
         node.meta.pop("tensor_meta", None)
-    return graph, names
+    return graph
 
 
 def advance(

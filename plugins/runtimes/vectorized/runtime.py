@@ -7,7 +7,7 @@ the block holds: the same kernels run on the same shapes, so a client's numbers 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,18 +19,17 @@ from torch import Tensor
 
 from fedtower.core.errors import RecipeError
 from fedtower.core.plan import LocalSettings, Plan
-from fedtower.core.runtime import Runtime, Work, as_updates
-from fedtower.core.updates import Updates
+from fedtower.core.runtime import Lookup, Runtime, Work
+from fedtower.core.updates import Rows, Updates
 from fedtower.plugins.runtimes.vectorized.compiled import Flat, compiled, plain
 from fedtower.plugins.runtimes.vectorized.crew import Crew
 from fedtower.plugins.runtimes.vectorized.graph import Kind, Lanes, trace
 from fedtower.recsys.models import Declared
 from fedtower.recsys.step import Step, make_step
 
-Array = NDArray[Any]
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
-Arrays = Mapping[str, Array]
+NamedArrays = dict[str, FloatArray]
 
 # Measured on two cores of an AMD EPYC (benchmarks/simulation.py, tower workload): a compiled client-step in 4 / 8 / 16
 # lanes took 17.2 / 15.5 / 15.2 us; more lanes stand empty when few clients are left. Uncompiled, every operation costs
@@ -79,104 +78,130 @@ class Cohort:
         result = Result.of(plan, work)
         with one_thread():
             for width, clients in by_rows(work):
-                if plan.local.steps == 1:
-                    self._once(plan, work, clients[work.steps[clients] > 0], width, result)
-                else:
-                    self._visit(plan, work, clients[work.steps[clients] > 0], width, result)
-        updates = as_updates(plan, work, result.parameters, result.rows, result.losses)
-        return updates, {name: result.parameters[name] for name in work.states}
+                busy = clients[work.steps[clients] > 0]
+                (self._once if plan.local.steps == 1 else self._visit)(plan, work, busy, width, result)
+        return result.updates(plan, work), result.own
 
     def _once(self, plan: Plan, work: Work, clients: IntArray, width: int, result: Result) -> None:
         """Visits of one step, which all begin with the parameters of the plan."""
         kind, common = Kind(True, plan.train_rows and bool(work.rows)), frozenset(plan.parameters)
-        shared = {name: torch.from_numpy(np.asarray(value)) for name, value in plan.parameters.items()}
         desk = Desk(work, self._lanes, width)
+        own = {name: np.zeros((self._lanes, *value.shape[1:]), np.float32) for name, value in work.states.items()}
+        lanes = desk.lanes({**plan.parameters, **own}, {}, plan)
         for start in range(0, len(clients), self._lanes):
             here = clients[start : start + self._lanes]
-            for lane, client in enumerate(here):
+            places = np.arange(len(here))
+            desk.load_batch(places, here, np.zeros(len(here), dtype=np.int64))
+            for name, values in own.items():
+                values[: len(here)] = work.states[name][here]
+            for lane, client in enumerate(here.tolist()):
                 desk.load_rows(lane, client)
-                desk.load_own(lane, client)
-            desk.load_batch(np.arange(len(here)), here, np.zeros(len(here), dtype=np.int64))
-            lanes = desk.lanes(shared, {}, plan)
-            parameters, _, rows, losses = self._run(lanes, kind, common)
-            for name, value in parameters.items():
-                result.parameters[name][here] = value.numpy()[: len(here)]
-            for lane, client in enumerate(here):
-                result.keep_rows(work, client, rows, lane)
-            result.losses[here] = losses.numpy()[: len(here)]
+            out = self._ready_for(lanes, kind, common)(lanes.flat())
+            parameters, _, rows, losses = _named(out, lanes, kind)
+            result.keep(plan, work, places, here, parameters, rows)
+            result.losses[here] = losses[: len(here)]
 
     def _visit(self, plan: Plan, work: Work, clients: IntArray, width: int, result: Result) -> None:
         """Visits of any number of steps: a lane takes the next client when its own is done."""
+        if not len(clients):
+            return
         kind = Kind(False, plan.train_rows and bool(work.rows))
-        waiting = iter(clients[np.argsort(-work.steps[clients], kind="stable")].tolist())
-        desk = Desk(work, self._lanes, width)
-        held = np.full(self._lanes, -1, dtype=np.int64)
-        at = np.zeros(self._lanes, dtype=np.int64)
-        starts = Starts(self._step, plan, work)
+        longest_first = clients[np.argsort(-work.steps[clients], kind="stable")]
+        desk, starts = Desk(work, self._lanes, width), Starts(self._step, plan, work)
         parameters, states = starts.room(self._lanes)
+        lanes = desk.lanes(parameters, states, plan)
+        run, values, rows = self._ready_for(lanes, kind, frozenset()), lanes.flat(), desk.rows
+        held, at = np.full(self._lanes, -1, dtype=np.int64), np.zeros(self._lanes, dtype=np.int64)
+        taken = 0
         while True:
-            for lane in np.flatnonzero(held < 0).tolist():
-                client = next(waiting, None)
-                if client is None:
-                    break
+            free = np.flatnonzero(held < 0)[: len(clients) - taken]
+            for lane, client in zip(free.tolist(), longest_first[taken : taken + len(free)].tolist(), strict=True):
                 held[lane], at[lane] = client, 0
                 starts.put(parameters, states, lane, client)
-                desk.load_rows(lane, client)
+                desk.load_rows(lane, client, rows)
+            taken += len(free)
             busy = np.flatnonzero(held >= 0)
             if not len(busy):
                 return
             desk.load_batch(busy, held[busy], at[busy])
-            parameters, states, rows, losses = self._run(desk.lanes(parameters, states, plan), kind, common=frozenset())
-            desk.rows |= rows
-            result.losses[held[busy]] += losses.numpy()[busy].astype(np.float64) / work.steps[held[busy]]
+            out = run(values)
+            # What came out is what goes in next: it has the same names in the same order, and ends with the losses.
+            values[: len(out) - 1] = out[:-1]
+            parameters, states, moved, losses = _named(out, lanes, kind)
+            rows = moved or rows
+            result.losses[held[busy]] += losses[busy].astype(np.float64) / work.steps[held[busy]]
             at[busy] += 1
-            for lane in busy[at[busy] == work.steps[held[busy]]]:
-                for name, value in parameters.items():
-                    result.parameters[name][held[lane]] = value[lane].numpy()
-                result.keep_rows(work, held[lane], rows, lane)
-                held[lane] = -1
+            done = busy[at[busy] == work.steps[held[busy]]]
+            if len(done):
+                result.keep(plan, work, done, held[done], parameters, rows)
+                held[done] = -1
 
-    def _run(
-        self, lanes: Lanes, kind: Kind, common: frozenset[str]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Tensor]:
-        """All lanes one step further."""
+    def _ready_for(self, lanes: Lanes, kind: Kind, common: frozenset[str]) -> Flat:
+        """The step for lanes of these shapes."""
         values = lanes.flat()
         key = (kind, *(tuple(value.shape) for value in values))
         if key not in self._ready:
-            graph, _ = trace(self._step, lanes, kind, common)
+            graph = trace(self._step, lanes, kind, common)
             self._ready[key] = compiled(graph, values) if self._compile else plain(graph)
-        out = iter(self._ready[key](values))
-        parameters = {name: next(out) for name in sorted(lanes.parameters)}
-        states = {} if kind.once else {name: next(out) for name in sorted(lanes.states)}
-        rows = {name: next(out) for name in sorted(lanes.rows)} if kind.train_rows else {}
-        return parameters, states, rows, next(out)
+        return self._ready[key]
+
+
+def _named(out: Sequence[Tensor], lanes: Lanes, kind: Kind) -> tuple[NamedArrays, NamedArrays, NamedArrays, FloatArray]:
+    """What a step gave back, as arrays in the same memory: parameters, states, rows, and the losses ``(K,)``."""
+    rest = iter([value.numpy() for value in out])
+    parameters = {name: next(rest) for name in sorted(lanes.parameters)}
+    states = {} if kind.once else {name: next(rest) for name in sorted(lanes.states)}
+    rows = {name: next(rest) for name in sorted(lanes.rows)} if kind.train_rows else {}
+    return parameters, states, rows, next(rest)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a block's parameters, rows and losses become; clients without a step keep what they had."""
+    """What the visits of a block leave: deltas, what stays on the devices, and losses; of clients without a step,
+    zeros and what they had.
+    """
 
-    parameters: dict[str, FloatArray]
-    rows: dict[str, FloatArray]
+    dense: NamedArrays
+    rows: NamedArrays
+    own: NamedArrays
     losses: NDArray[np.float64]
 
     @staticmethod
     def of(plan: Plan, work: Work) -> Result:
         """Before anyone has trained."""
-        idle = np.flatnonzero(work.steps == 0)
-        parameters = {}
-        for name, value in plan.parameters.items():
-            parameters[name] = np.empty((len(work), *value.shape), dtype=np.float32)
-            parameters[name][idle] = value
-        parameters |= {name: values.copy() for name, values in work.states.items()}
-        rows = {source: values.copy() if plan.train_rows else values for source, values in work.rows.items()}
-        return Result(parameters, rows, np.zeros(len(work)))
+        idle = work.steps == 0
+        dense = {name: np.empty((len(work), *value.shape), np.float32) for name, value in plan.parameters.items()}
+        for values in dense.values():
+            values[idle] = 0.0
+        rows = {source: np.zeros_like(values) for source, values in work.rows.items() if plan.train_rows}
+        return Result(dense, rows, {name: value.copy() for name, value in work.states.items()}, np.zeros(len(work)))
 
-    def keep_rows(self, work: Work, client: int, rows: Mapping[str, Tensor], lane: int) -> None:
-        """Take a client's rows out of its lane."""
-        for source, values in rows.items():
-            first, last = work.row_ids[source].offsets[client : client + 2]
-            self.rows[source][first:last] = values[lane, : last - first].numpy()
+    def keep(
+        self, plan: Plan, work: Work, lanes: IntArray, clients: IntArray, parameters: NamedArrays, rows: NamedArrays
+    ) -> None:
+        """Take what ``clients`` have become out of their lanes."""
+        for name, values in parameters.items():
+            if name in self.own:
+                self.own[name][clients] = values[lanes]
+            else:
+                for lane, client in zip(lanes.tolist(), clients.tolist(), strict=True):
+                    np.subtract(values[lane], plan.parameters[name], out=self.dense[name][client, ...])
+        for source, delta in self.rows.items():
+            offsets, before = work.row_ids[source].offsets, work.rows[source]
+            for lane, client in zip(lanes.tolist(), clients.tolist(), strict=True):
+                first, last = offsets[client], offsets[client + 1]
+                np.subtract(rows[source][lane, : last - first], before[first:last], out=delta[first:last])
+
+    def updates(self, plan: Plan, work: Work) -> Updates:
+        """The block, as :func:`fedtower.core.runtime.as_updates` makes it."""
+        return Updates(
+            weights=work.examples.astype(np.float64),
+            dense=self.dense,
+            rows={name: Rows(work.row_ids[name].offsets, work.row_ids[name].ids, d) for name, d in self.rows.items()},
+            clients=work.clients,
+            rounds=np.full(len(work), plan.round, dtype=np.int64),
+            metrics={"loss": self.losses},
+        )
 
 
 class Desk:
@@ -186,62 +211,69 @@ class Desk:
         self._work = work
         self._inputs = {name: np.zeros((lanes, *value.shape[2:]), value.dtype) for name, value in work.inputs.items()}
         self._slots = {name: np.zeros((lanes, *value.shape[2:]), np.int64) for name, value in work.slots.items()}
-        self._own = {name: torch.zeros(lanes, *value.shape[1:]) for name, value in work.states.items()}
-        self.rows = {source: torch.zeros(lanes, width, value.shape[1]) for source, value in work.rows.items()}
+        self.rows = {name: np.zeros((lanes, width, value.shape[1]), np.float32) for name, value in work.rows.items()}
 
-    def load_rows(self, lane: int, client: int) -> None:
+    def load_rows(self, lane: int, client: int, rows: NamedArrays | None = None) -> None:
         """Put a client's rows into a lane."""
-        for source, needed in self._work.row_ids.items():
-            first, last = needed.offsets[client : client + 2]
-            self.rows[source][lane, : last - first] = torch.from_numpy(self._work.rows[source][first:last])
-
-    def load_own(self, lane: int, client: int) -> None:
-        """Put a client's own parameters into a lane."""
-        for name, values in self._own.items():
-            values[lane] = torch.from_numpy(self._work.states[name])[client]
+        for source, held in (rows or self.rows).items():
+            first, last = self._work.row_ids[source].offsets[client : client + 2]
+            held[lane, : last - first] = self._work.rows[source][first:last]
 
     def load_batch(self, lanes: IntArray, clients: IntArray, at: IntArray) -> None:
         """Put the batches ``at`` of ``clients`` into ``lanes``."""
         for held, given in ((self._inputs, self._work.inputs), (self._slots, self._work.slots)):
             for name, values in given.items():
-                held[name][lanes] = values[clients, at]
+                if isinstance(values, Lookup) and len(lanes) == len(held[name]):
+                    # Clipping never happens here; without it numpy would look up into a copy first.
+                    np.take(values.table, values.places[clients, at], axis=0, out=held[name], mode="clip")
+                else:
+                    held[name][lanes] = values[clients, at]
 
-    def lanes(self, parameters: Mapping[str, Tensor], states: Mapping[str, Tensor], plan: Plan) -> Lanes:
-        """All that a step needs."""
+    def lanes(self, parameters: Mapping[str, FloatArray], states: Mapping[str, FloatArray], plan: Plan) -> Lanes:
+        """All that a step needs: tensors in the memory of these arrays."""
+        rates = {"lr": torch.tensor(plan.local.lr), "row_lr": torch.tensor(plan.local.rows_lr)}
         return Lanes(
-            parameters={**self._own, **parameters},
-            states=dict(states),
-            rows=self.rows,
-            slots={name: torch.from_numpy(value) for name, value in self._slots.items()},
-            inputs={name: torch.from_numpy(value) for name, value in self._inputs.items()},
-            rates={"lr": torch.tensor(plan.local.lr), "row_lr": torch.tensor(plan.local.rows_lr)},
+            parameters=_tensors(parameters),
+            states=_tensors(states),
+            rows=_tensors(self.rows),
+            slots=_tensors(self._slots),
+            inputs=_tensors(self._inputs),
+            rates=rates,
         )
+
+
+def _tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(value) for name, value in arrays.items()}
 
 
 class Starts:
     """The parameters and the optimiser's state with which clients begin."""
 
     def __init__(self, step: Step, plan: Plan, work: Work) -> None:
-        self._step, self._work = step, work
-        self._shared = {name: torch.from_numpy(np.asarray(value)) for name, value in plan.parameters.items()}
-        self._state = step.init(self._of(0)) if len(work) else {}
+        self._step, self._plan, self._work = step, plan, work
+        self._state = self._init(0)
 
-    def _of(self, client: int) -> dict[str, Tensor]:
-        return self._shared | {name: torch.from_numpy(value)[client] for name, value in self._work.states.items()}
+    def _of(self, client: int) -> NamedArrays:
+        own = {name: np.asarray(values[client]) for name, values in self._work.states.items()}
+        return {**self._plan.parameters, **own}
 
-    def room(self, lanes: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _init(self, client: int) -> NamedArrays:
+        mine = {name: torch.from_numpy(value) for name, value in self._of(client).items()}
+        return {name: value.numpy() for name, value in self._step.init(mine).items()}
+
+    def room(self, lanes: int) -> tuple[NamedArrays, NamedArrays]:
         """Parameters and states for so many lanes, not yet anybody's."""
-        return tuple(
-            {name: value[None].repeat(lanes, *([1] * value.dim())) for name, value in each.items()}
+        parameters, states = (
+            {name: np.repeat(value[None], lanes, axis=0) for name, value in each.items()}
             for each in (self._of(0), self._state)
-        )  # type: ignore[return-value]
+        )
+        return parameters, states
 
-    def put(self, parameters: Mapping[str, Tensor], states: Mapping[str, Tensor], lane: int, client: int) -> None:
+    def put(self, parameters: NamedArrays, states: NamedArrays, lane: int, client: int) -> None:
         """Let a client begin in a lane."""
-        mine = self._of(client)
         # The state depends on a client only through its own parameters.
-        state = self._step.init(mine) if self._work.states and self._state else self._state
-        for held, given in ((parameters, mine), (states, state)):
+        state = self._init(client) if self._work.states and self._state else self._state
+        for held, given in ((parameters, self._of(client)), (states, state)):
             for name, value in given.items():
                 held[name][lane] = value
 

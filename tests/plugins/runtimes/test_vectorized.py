@@ -20,14 +20,14 @@ from fedtower.core.errors import RecipeError
 from fedtower.core.hooks import Hooks
 from fedtower.core.plan import Plan
 from fedtower.core.rows import RowIds
-from fedtower.core.runtime import Work
+from fedtower.core.runtime import Lookup, Work
 from fedtower.core.store import ClientStore
 from fedtower.core.testing.promises import assert_close, assert_same_bits
 from fedtower.core.updates import Updates, stack
 from fedtower.plugins.runtimes.torch_loop.runtime import TorchLoop
 from fedtower.plugins.runtimes.vectorized import compiled
 from fedtower.plugins.runtimes.vectorized.crew import Crew, WorkerDied
-from fedtower.plugins.runtimes.vectorized.runtime import FEWEST_ROWS, Vectorized, by_rows
+from fedtower.plugins.runtimes.vectorized.runtime import FEWEST_ROWS, Desk, Vectorized, by_rows
 from fedtower.recsys.testing.examples import Case, cases
 from fedtower.recsys.testing.runtime import RuntimePromises
 
@@ -126,15 +126,15 @@ def test_it_agrees_with_the_plain_loop_to_a_millionth(case: Case, runtime: Vecto
     assert_close(fast, loop, rtol=1e-6, atol=1e-6 * scale)
 
 
-def test_ragged_clients_fill_few_lanes_in_vain() -> None:
+def test_ragged_clients_fill_few_lanes_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["clicks"]
     plan, work = case.plan(), case.work(clients=64)
     calls: list[int] = []
-    opened = PLAIN.open(case.model, plan.local)
-    run = opened._run  # type: ignore[attr-defined]
-    opened._run = lambda *arguments, **named: calls.append(1) or run(*arguments, **named)  # type: ignore[attr-defined]
-    opened.train(plan, work)
-    assert len(calls) <= -(-int(work.steps.sum()) // 32) + int(work.steps.max())
+    load = Desk.load_batch
+    monkeypatch.setattr(Desk, "load_batch", lambda desk, *given: calls.append(len(given[0])) or load(desk, *given))
+    Vectorized(compile=False, lanes=8).open(case.model, plan.local).train(plan, work)
+    assert sum(calls) == work.steps.sum()
+    assert len(calls) <= -(-work.steps.sum() // 8) + 2, "a lane stood empty while clients waited"
 
 
 def test_rows_are_padded_to_few_sizes() -> None:
@@ -249,3 +249,16 @@ class Rows:
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(RecipeError, match="runtime"):
         Vectorized(**settings)  # type: ignore[arg-type]
+
+
+def test_an_input_that_is_looked_up_is_as_good_as_a_whole_one() -> None:
+    case = CASES["images"]
+    plan, work = case.plan(), case.work(clients=20)
+    dense = work.inputs["dense"]
+    places = np.arange(int(np.prod(dense.shape[:3]))).reshape(dense.shape[:3])
+    table = dense.reshape(-1, *dense.shape[3:])
+    looked_up = replace(work, inputs={**work.inputs, "dense": Lookup(table, places)})  # type: ignore[dict-item]
+    assert_same_bits(np.asarray(looked_up.inputs["dense"]), dense)
+    for runtime in (TorchLoop(), Vectorized(compile=False, lanes=8)):
+        whole, _ = runtime.open(case.model, plan.local).train(plan, work)
+        assert_same_bits(runtime.open(case.model, plan.local).train(plan, looked_up)[0], whole)
