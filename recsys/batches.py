@@ -103,7 +103,7 @@ class SequenceData:
         stretch = (position - 1) * num_stretches[owner] // np.maximum(count[owner], 1)
         key = self.draws.bits("targets", plan.round, seen.clients[owner], epoch, position)
         first = _first_in_runs(owner, stretch, position)
-        order = np.lexsort((key, stretch, owner))
+        order = _by_key_in_runs(key, owner, stretch)
         owner, position, stretch, first = owner[order], position[order], stretch[order], first[order]
         rank = _rank_in_runs(owner, stretch)
         batch, place = rank // size, rank % size
@@ -183,6 +183,25 @@ def _ask_for_nothing_more(history: IntArray, negatives: IntArray, target: IntArr
     history[empty] = negatives[empty, :, :1]
     client, step = np.nonzero((target < 0).all(axis=2))
     history[client, step], negatives[client, step] = history[client, 0], negatives[client, 0]
+
+
+def _by_key_in_runs(key: IntArray, *runs: IntArray) -> IntArray:
+    """The order in which each run of equal entries, which stand together, is sorted by ``key``: what ``lexsort`` gives.
+
+    The run and the leading bits of the key make one word, and one sort of words takes a fifth of the sort by several
+    arrays. Where those bits are the same for two entries of a run, which happens once in 2**40 runs, that sort decides.
+    """
+    run = np.zeros(len(key), dtype=np.int64)
+    run[_heads(*runs)] = 1
+    run = np.cumsum(run)
+    bits = int(run[-1]).bit_length() if len(run) else 0
+    unsigned = np.asarray(key, dtype=np.int64).view(np.uint64) ^ np.uint64(1 << 63)
+    word = (run << (63 - bits)) | (unsigned >> np.uint64(bits + 1)).astype(np.int64)
+    order = np.argsort(word)
+    ordered = word[order]
+    if bool((ordered[1:] == ordered[:-1]).any()):
+        return np.lexsort((key, *reversed(runs)))
+    return order
 
 
 def _rank_in_runs(*keys: IntArray) -> IntArray:
