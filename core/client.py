@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedtower.core.draws import Draws
 from fedtower.core.hooks import Hooks
 from fedtower.core.plan import Plan
-from fedtower.core.rows import RowStore
+from fedtower.core.rows import RowIds, RowStore
 from fedtower.core.runtime import Runtime, Work
 from fedtower.core.store import ClientStore
 from fedtower.core.transform import States, Transform, on_client
@@ -65,7 +65,7 @@ class ClientSide:
         work = self.data.work(plan, clients)
         bytes_down = np.full(len(clients), float(plan.nbytes))
         if self.rows is not None:
-            fetched = {source: self.rows.fetch(source, needed.ids) for source, needed in work.row_ids.items()}
+            fetched = {source: fetch(self.rows, source, needed) for source, needed in work.row_ids.items()}
             for source, needed in work.row_ids.items():
                 bytes_down += np.diff(needed.offsets) * 4.0 * fetched[source].shape[1]
             work = replace(work, rows=fetched)
@@ -86,3 +86,9 @@ class ClientSide:
             for name, values in state.items():
                 self.store.write(f"transforms.{position}.{name}", clients, values)
         return replace(updates, metrics={**updates.metrics, "bytes_down": bytes_down})
+
+
+def fetch(rows: RowStore, source: str, needed: RowIds) -> NDArray[np.float32]:
+    """The rows that each client of a block needs, (R, D); those that many need are computed once."""
+    distinct, place = np.unique(needed.ids, return_inverse=True)
+    return rows.fetch(source, distinct)[place]
