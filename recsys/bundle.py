@@ -17,8 +17,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtower.core.errors import CheckpointError, DataError
+from fedtower.core.errors import CheckpointError, DataError, RecipeError
 from fedtower.core.plan import LocalSettings
+from fedtower.core.settings import build
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -148,7 +149,7 @@ class Manifest:
     @property
     def settings(self) -> LocalSettings:
         """The visit that the graph was made for."""
-        return _made(LocalSettings, {**self.local, "frozen": tuple(self.local.get("frozen", ()))}, "local")
+        return _made(LocalSettings, self.local, "local")
 
     def refuse_other(self, local: LocalSettings) -> None:
         """Raise BundleError if a visit asks for what the graph does not do."""
@@ -271,7 +272,7 @@ def parse_manifest(raw: bytes, origin: str) -> Manifest:
         )
     try:
         manifest = _manifest(values)
-    except (KeyError, TypeError, ValueError, AttributeError, DataError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, RecipeError) as error:
         raise BundleError(f"{origin}: the manifest is damaged: {type(error).__name__}: {error}") from error
     for name in manifest.files:
         if Path(name).name != name or name in ("", ".", "..", MANIFEST):
@@ -361,7 +362,7 @@ def _made(cls: type[LocalSettings], values: Mapping[str, Any], what: str) -> Loc
     known = {each.name for each in fields(cls)}
     if set(values) != known:
         raise ValueError(f"{what} must hold {sorted(known)}, but holds {sorted(values)}")
-    return cls(**values)
+    return build(cls, {name: value for name, value in values.items() if value is not None}, path=what)
 
 
 def _shape(values: Sequence[int]) -> tuple[int, ...]:

@@ -102,7 +102,7 @@ class DeviceRuntime:
             InputError: the plan or the data does not fit the graph; nothing was trained.
             EngineError: the engine failed or died; so did this visit, and nothing else.
         """
-        manifest, graph = self.bundle.manifest, self._graph
+        manifest = self.bundle.manifest
         manifest.refuse_other(plan.local)
         check_visit(manifest, plan, work)
         source = None if manifest.rows is None else manifest.rows.source
@@ -118,7 +118,7 @@ class DeviceRuntime:
             if source is not None:
                 offsets = work.row_ids[source].offsets[start : block.stop + 1]
                 held = work.rows[source][offsets[0] : offsets[-1]]
-            _, out = graph.engine.ask("train", self._values(plan), self._arrays(plan, work, block, held, offsets))
+            _, out = self._graph.engine.ask("train", self._values(plan), self._arrays(plan, work, block, held, offsets))
             try:
                 for name in after:
                     after[name][block] = out[f"after/{name}"]

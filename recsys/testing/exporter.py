@@ -87,9 +87,13 @@ def onnx_of(name: str) -> bytes:
 _FOLDER = tempfile.TemporaryDirectory(prefix="fedtower-bundles-")
 
 
-@cache
 def exported(name: str, optimizer: str = "sgd") -> Bundle:
     """The bundle of one of the small models; it is exported once, and is not to be written to."""
+    return _exported(name, optimizer)
+
+
+@cache
+def _exported(name: str, optimizer: str) -> Bundle:
     case = cases()[name]
     local = case.plan(optimizer=optimizer).local
     visit = Visit.of(case.model, case.work(), case.model.cloud.width)
