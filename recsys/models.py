@@ -163,12 +163,15 @@ class SharedTower(nn.Module):
     it is run. Most towers are a :class:`SequenceTower` or an :class:`ExampleTower`.
     """
 
-    def losses(self, slots: Mapping[str, Tensor], inputs: Mapping[str, Tensor], loss: str) -> Tensor:
-        """The training loss of each example, ``(B,)``, from the rows of its slots and its inputs.
+    def check_loss(self, loss: str) -> None:
+        """Refuse a loss that this kind of tower does not have, before anything is trained.
 
         Raises:
-            RecipeError: a loss that this kind of tower does not have.
+            RecipeError: there is no such loss here.
         """
+
+    def losses(self, slots: Mapping[str, Tensor], inputs: Mapping[str, Tensor], loss: str) -> Tensor:
+        """The training loss of each example, ``(B,)``, from the rows of its slots and its inputs."""
         raise NotImplementedError
 
 
@@ -194,6 +197,10 @@ class SequenceTower(SharedTower):
         """
         raise NotImplementedError
 
+    def check_loss(self, loss: str) -> None:
+        """A loss over sampled negatives."""
+        loss_of(RANKING, loss)
+
     def losses(self, slots: Mapping[str, Tensor], inputs: Mapping[str, Tensor], loss: str) -> Tensor:
         """How badly each target ranks among the negatives, given what came before it."""
         return loss_of(RANKING, loss)(*self.scores(slots, inputs))
@@ -217,6 +224,10 @@ class ExampleTower(SharedTower):
     def logits(self, slots: Mapping[str, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
         """``(B,)`` for a label that is 0 or 1, ``(B, K)`` for one of K classes."""
         raise NotImplementedError
+
+    def check_loss(self, loss: str) -> None:
+        """A loss of labelled examples."""
+        loss_of(LABELLING, loss)
 
     def losses(self, slots: Mapping[str, Tensor], inputs: Mapping[str, Tensor], loss: str) -> Tensor:
         """How far the logits are from the labels."""

@@ -18,7 +18,7 @@ from fedtower.core.runtime import Work
 from fedtower.core.server import Schedule
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.losses import in_batch_softmax
-from fedtower.recsys.models import array
+from fedtower.recsys.models import SequenceTower, array
 from fedtower.recsys.step import Tensors, pure
 from fedtower.recsys.tables import optimizer_arrays, restore_optimizer
 from fedtower.recsys.training import Arrays, Setting, assemble
@@ -45,6 +45,8 @@ class Standalone:
         self._setting = setting
         self._settings = settings
         self._model = assemble(setting, row_lr=settings.row_lr, tower_lr=settings.lr)
+        if not (recipe.local.loss == "in_batch_softmax" and isinstance(self._model.declared.shared, SequenceTower)):
+            self._model.declared.shared.check_loss(recipe.local.loss)
         self._tower = self._model.declared.shared.to(recipe.device)
         self._on_device = self._model.declared.on_device
         self._shared = {name: value for name, value in self._tower.named_parameters() if name not in self._on_device}

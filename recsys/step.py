@@ -83,7 +83,12 @@ def make_step(tower: SharedTower, local: LocalSettings) -> Step:
 
 
 def make_loss(tower: SharedTower, name: str) -> Loss:
-    """``loss(parameters, slots, inputs) -> ()``: the mean over the examples, by weight; 0 for a batch of padding."""
+    """``loss(parameters, slots, inputs) -> ()``: the mean over the examples, by weight; 0 for a batch of padding.
+
+    Raises:
+        RecipeError: a loss that the tower does not have.
+    """
+    tower.check_loss(name)
     losses = pure(tower, "losses")
 
     def loss(parameters: Tensors, slots: Tensors, inputs: Tensors) -> Tensor:

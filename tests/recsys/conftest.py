@@ -17,7 +17,7 @@ from fedtower.core.recipe import load_recipe
 from fedtower.core.registry import Registry, discover
 from fedtower.recsys.event_table import EventTable
 from fedtower.recsys.run import Run
-from fedtower.recsys.splits import make_split
+from fedtower.recsys.tasks import make_task
 from fedtower.recsys.training import Setting
 from fedtower.recsys.vocabulary import Vocabulary
 
@@ -88,8 +88,8 @@ def setting_of(registry: Registry) -> Callable[..., Setting]:
             recipe = replace(recipe, local=replace(recipe.local, steps=None, epochs=epochs))
         draws = Draws(recipe.seed)
         population = registry.make("dataset", recipe.data.part).load(draws=draws, progress=lambda message: None)
-        split = make_split(recipe.data.split, population, validation=recipe.data.validation, draws=draws)
-        return Setting(recipe, registry, population, split, Hooks.none(), draws, time.monotonic)
+        task = make_task(population, recipe, draws)
+        return Setting(recipe, registry, task, Hooks.none(), draws, time.monotonic)
 
     return make
 

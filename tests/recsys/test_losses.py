@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedtower.core.plan import LocalSettings
-from fedtower.recsys.losses import LOSSES, bce, in_batch_softmax, sampled_softmax
+from fedtower.recsys.losses import RANKING, bce, in_batch_softmax, sampled_softmax
 from fedtower.recsys.step import make_loss
 from fedtower.recsys.testing.examples import MeanUser
 
@@ -77,10 +77,10 @@ def test_a_batch_that_chose_one_item_has_nothing_to_learn() -> None:
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", RANKING)
 def test_scores_far_off_give_finite_losses_and_gradients(name: str, size: float) -> None:
     positive, negative = torch.tensor([size], requires_grad=True), torch.zeros(1, 3, requires_grad=True)
-    loss = LOSSES[name](positive, negative)
+    loss = RANKING[name](positive, negative)
     torch.autograd.backward(loss.sum())
     assert positive.grad is not None
     assert negative.grad is not None
@@ -88,7 +88,7 @@ def test_scores_far_off_give_finite_losses_and_gradients(name: str, size: float)
     assert float(loss.detach()) == pytest.approx(max(-size, 0), abs=3)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", RANKING)
 def test_what_weighs_nothing_changes_nothing(name: str) -> None:
     tower = MeanUser(8, 3, torch.Generator().manual_seed(1))
     parameters = {key: value.detach() for key, value in tower.named_parameters()}

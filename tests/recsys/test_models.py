@@ -8,7 +8,9 @@ import torch
 
 from fedtower.core.errors import FedtowerError
 from fedtower.recsys.models import Table, array, linear
-from fedtower.recsys.testing.examples import small_model
+from fedtower.recsys.testing.examples import cases
+
+CASES = cases()
 
 
 @pytest.mark.parametrize("dim", [-4, 0, 1, 6, 63])
@@ -17,15 +19,16 @@ def test_a_table_of_a_width_that_the_kernels_lack_is_refused(dim: int) -> None:
         Table("item", 10, dim, 0.1)
 
 
-def test_a_parameter_is_either_shared_or_on_the_device() -> None:
-    model = small_model()
+@pytest.mark.parametrize("name", CASES)
+def test_a_parameter_is_either_shared_or_on_the_device(name: str) -> None:
+    model = CASES[name].model
     shared, own = model.parameters(), model.device_parameters()
-    assert sorted(own) == ["own"]
+    assert list(own) == ([] if name == "images" else ["own"])
     assert sorted([*shared, *own]) == sorted(name for name, _ in model.shared.named_parameters())
 
 
 def test_parameters_are_copies() -> None:
-    model = small_model()
+    model = CASES["histories"].model
     model.parameters()["history.weight"][:] = 99.0
     assert not (model.parameters()["history.weight"] == 99.0).any()
 

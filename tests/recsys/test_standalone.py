@@ -16,6 +16,7 @@ from torch.nn import functional
 import fedtower
 from fedtower.core.errors import RecipeError
 from fedtower.core.plan import Plan
+from fedtower.recsys.models import SequenceTower
 from fedtower.recsys.run import Run
 from fedtower.recsys.standalone import Standalone
 from fedtower.recsys.training import Setting, assemble
@@ -37,11 +38,13 @@ def slow_loss(setting: Setting, item: Tensor, bias: Tensor, own: Tensor) -> Tens
     """The mean loss over the examples of epoch 1, example by example, from whole tables and users' vectors."""
     model = assemble(setting)
     tower, local = model.declared.shared, setting.recipe.local
+    assert isinstance(tower, SequenceTower)
+    assert model.tables is not None
     given = replace(local, steps=1, epochs=None, negatives=max(local.negatives, 1))
     if local.loss == "in_batch_softmax":
         given = replace(given, negatives=1)
-    work = model.data.work(Plan(1, {}, given), np.arange(60))
-    everything = torch.from_numpy(setting.population.item_features(np.arange(200)))
+    work = setting.task.client_data().work(Plan(1, {}, given), np.arange(60))
+    everything = torch.from_numpy(setting.task.features(np.arange(200)))
     catalogue = model.tables.tower(torch.cat([item, bias], dim=1), everything)
     vectors, chosen, negatives = [], [], []
     for client in range(60):
@@ -112,6 +115,11 @@ def test_in_batch_softmax_of_one_user_a_batch_is_refused(setting_of: SettingOf) 
     setting = setting_of({"local.loss": "in_batch_softmax", "standalone.users_per_batch": 1, "mode": "standalone"})
     with pytest.raises(RecipeError, match=r"needs standalone\.users_per_batch of at least 2: others' items"):
         Standalone(setting)
+
+
+def test_a_loss_of_other_data_is_refused_before_the_first_epoch(setting_of: SettingOf) -> None:
+    with pytest.raises(RecipeError, match="'cross_entropy' is not for this model and data; there are sampled_softmax"):
+        Standalone(setting_of({"mode": "standalone", "local.loss": "cross_entropy"}))
 
 
 def test_in_batch_softmax_is_refused_in_simulated_mode_before_anything_is_made(run_root: Any) -> None:

@@ -13,9 +13,9 @@ from fedtower.core.errors import RecipeError
 from fedtower.core.plan import LocalSettings
 from fedtower.core.rows import step_rows, sum_duplicates
 from fedtower.core.testing.promises import Untouched
-from fedtower.recsys.models import SharedTower
-from fedtower.recsys.step import make_loss, make_scores, make_step, pure
-from fedtower.recsys.testing.examples import MeanUser
+from fedtower.recsys.models import SequenceTower
+from fedtower.recsys.step import Step, make_loss, make_step, pure
+from fedtower.recsys.testing.examples import MeanUser, cases
 
 WIDTH, SLOTS, NEGATIVES, ITEMS = 8, 10, 6, 7  # fewer items than slots: rows come up more than once
 
@@ -23,7 +23,7 @@ WIDTH, SLOTS, NEGATIVES, ITEMS = 8, 10, 6, 7  # fewer items than slots: rows com
 class Central(nn.Module):
     """The same model as anybody would write it: one embedding table, one tower, the obvious loop over targets."""
 
-    def __init__(self, table: Tensor, tower: SharedTower, loss: str) -> None:
+    def __init__(self, table: Tensor, tower: SequenceTower, loss: str) -> None:
         super().__init__()
         self.embedding = nn.Embedding(len(table), WIDTH, _weight=table.clone())
         self.tower = tower
@@ -52,6 +52,12 @@ def parameters_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in module.named_parameters()}
 
 
+def at_first(step: Step) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tower's parameters, and the optimiser's state before the first step."""
+    parameters = parameters_of(tower())
+    return parameters, step.init(parameters)
+
+
 def batch(seed: int = 2) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """A table (I, W), the items in the slots, and the inputs of one step."""
     generator = torch.Generator().manual_seed(seed)
@@ -73,6 +79,7 @@ def test_steps_are_those_of_torch_optim_sgd_on_an_ordinary_module(loss: Any) -> 
     optimizer = torch.optim.SGD(central.parameters(), lr=0.3)
     step = make_step(tower(), LocalSettings(steps=1, loss=loss))
     parameters, rows = parameters_of(tower()), table.numpy().copy()
+    state = step.init(parameters)
     where = np.concatenate([history.numpy(), negatives.numpy()])
     for _ in range(4):
         optimizer.zero_grad()
@@ -81,7 +88,7 @@ def test_steps_are_those_of_torch_optim_sgd_on_an_ordinary_module(loss: Any) -> 
         optimizer.step()
 
         slots = {"history": torch.from_numpy(rows[history]), "negatives": torch.from_numpy(rows[negatives])}
-        parameters, slopes, got = step(parameters, slots, inputs, 0.3)
+        parameters, state, slopes, got = step(parameters, state, slots, inputs, 0.3)
         rows = step_rows(rows, where, np.concatenate([slopes[name].numpy() for name in slots]), 0.3)
 
         torch.testing.assert_close(got, expected.detach())
@@ -94,7 +101,8 @@ def test_the_gradients_of_the_slots_sum_to_the_dense_embeddings_gradient() -> No
     central = Central(table, tower(), "sampled_softmax")
     torch.autograd.backward(central(history, negatives, **inputs))
     step = make_step(tower(), LocalSettings(steps=1))
-    _, slopes, _ = step(parameters_of(tower()), {"history": table[history], "negatives": table[negatives]}, inputs, 1.0)
+    slots = {"history": table[history], "negatives": table[negatives]}
+    _, _, slopes, _ = step(*at_first(step), slots, inputs, 1.0)
     assert slopes["history"].shape == (SLOTS, WIDTH)
     ids, summed = sum_duplicates(
         np.concatenate([history.numpy(), negatives.numpy()]),
@@ -109,9 +117,9 @@ def test_the_gradients_of_the_slots_sum_to_the_dense_embeddings_gradient() -> No
 def test_a_step_leaves_its_inputs_and_the_tower_alone_and_repeats_to_the_bit() -> None:
     table, history, negatives, inputs = batch()
     module = tower()
-    given = (parameters_of(module), {"history": table[history], "negatives": table[negatives]}, inputs)
     before = parameters_of(module)
     step = make_step(module, LocalSettings(steps=1))
+    given = (*at_first(step), {"history": table[history], "negatives": table[negatives]}, inputs)
     with Untouched(*({name: value.numpy() for name, value in part.items()} for part in given)):
         once = step(*given, 0.5)
     again = step(*given, 0.5)
@@ -127,7 +135,7 @@ def test_padding_changes_nothing() -> None:
     shorter = {"target": inputs["target"][:4], "weight": inputs["weight"][:4], "user": inputs["user"]}
     step = make_step(tower(), LocalSettings(steps=1))
     for padded, plain in zip(
-        step(parameters_of(tower()), slots, inputs, 0.5), step(parameters_of(tower()), slots, shorter, 0.5), strict=True
+        step(*at_first(step), slots, inputs, 0.5), step(*at_first(step), slots, shorter, 0.5), strict=True
     ):
         torch.testing.assert_close(padded, plain)
 
@@ -136,7 +144,8 @@ def test_a_batch_of_padding_moves_nothing() -> None:
     table, history, negatives, inputs = batch()
     slots = {"history": table[history], "negatives": table[negatives]}
     nothing = {**inputs, "weight": torch.zeros(5)}
-    parameters, slopes, loss = make_step(tower(), LocalSettings(steps=1))(parameters_of(tower()), slots, nothing, 0.5)
+    step = make_step(tower(), LocalSettings(steps=1))
+    parameters, _, slopes, loss = step(*at_first(step), slots, nothing, 0.5)
     torch.testing.assert_close(parameters, parameters_of(tower()), rtol=0, atol=0)
     assert not any(value.any() for value in slopes.values())
     assert loss == 0.0
@@ -145,7 +154,7 @@ def test_a_batch_of_padding_moves_nothing() -> None:
 def test_a_target_is_scored_by_the_slot_it_stands_at() -> None:
     table, history, negatives, inputs = batch()
     slots = {"history": table[history], "negatives": table[negatives]}
-    positive, negative = make_scores(tower())(parameters_of(tower()), slots, inputs)
+    positive, negative = pure(tower(), "scores")(parameters_of(tower()), slots, inputs)
     vectors = tower().represent(slots["history"], inputs["target"], inputs["user"])
     expected = [vectors[place] @ slots["history"][slot] for place, slot in enumerate(inputs["target"].tolist())]
     torch.testing.assert_close(positive, torch.stack(expected).detach())
@@ -164,3 +173,12 @@ def test_a_method_runs_with_the_parameters_it_is_given() -> None:
 def test_in_batch_softmax_is_refused_with_the_reason_and_two_ways_out() -> None:
     with pytest.raises(RecipeError, match=r"its own positives.*sampled_softmax.*mode = 'standalone'"):
         make_loss(tower(), "in_batch_softmax")
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [("histories", "cross_entropy"), ("clicks", "sampled_softmax"), ("images", "in_batch_softmax")],
+)
+def test_a_loss_of_other_data_is_refused_before_the_first_step(name: str, loss: Any) -> None:
+    with pytest.raises(RecipeError, match=rf"local.loss = '{loss}' is not for this model and data; there are"):
+        make_step(cases()[name].model.shared, LocalSettings(steps=1, loss=loss))

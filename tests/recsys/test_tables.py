@@ -20,7 +20,7 @@ from fedtower.core.errors import CheckpointError, UpdateError
 from fedtower.core.plan import RowSettings
 from fedtower.core.testing.promises import Untouched, assert_same_bits
 from fedtower.plugins.models.dssm.model import ItemTower
-from fedtower.recsys.models import CloudTower, Table
+from fedtower.recsys.models import CloudTower, Declared, SharedTower, Table
 from fedtower.recsys.tables import CloudTables, RowOutOfRange
 
 DRAWS = Draws(2)
@@ -46,20 +46,24 @@ def features(ids: Any) -> Any:
     return DRAWS.normal("features", ids[:, None], np.arange(FEATURES)[None]).astype(np.float32)
 
 
+def declared(tower: CloudTower, *tables: Table) -> Declared:
+    """A model's cloud part; nothing is on the device."""
+    return Declared(shared=SharedTower(), tables=tables, cloud=tower)
+
+
 def plain(settings: RowSettings = ADAGRAD, seed: int = 1, **changes: Any) -> CloudTables:
     """Two tables side by side, with no tower to speak of."""
     tables = (Table("item", ROWS, DIM, 0.5), Table("extra", ROWS, 4, 0.5))
     generator = torch.Generator().manual_seed(seed)
-    return CloudTables(tables, SideBySide(DIM + 4), features, settings, generator, **changes)
+    return CloudTables(declared(SideBySide(DIM + 4), *tables), features, settings, generator, **changes)
 
 
 def towered(settings: RowSettings = ADAGRAD, seed: int = 1) -> CloudTables:
     """dssm's: a table, a bias, and a tower with a hidden layer."""
     generator = torch.Generator().manual_seed(seed)
     tower = ItemTower(DIM, FEATURES, 6, generator)
-    return CloudTables(
-        (Table("item", ROWS, DIM, 0.5), Table("item_bias", ROWS, 4, 0.1)), tower, features, settings, generator
-    )
+    tables = (Table("item", ROWS, DIM, 0.5), Table("item_bias", ROWS, 4, 0.1))
+    return CloudTables(declared(tower, *tables), features, settings, generator)
 
 
 def ids_of(step: int, count: int = 7) -> NDArray[np.int64]:
@@ -97,8 +101,7 @@ def test_nothing_asked_for_is_nothing_fetched() -> None:
 
 def test_tables_begin_as_drawn_from_the_generator() -> None:
     large = CloudTables(
-        (Table("item", 20_000, 8, 0.05), Table("item_bias", 20_000, 4, 0.0)),
-        SideBySide(12),
+        declared(SideBySide(12), Table("item", 20_000, 8, 0.05), Table("item_bias", 20_000, 4, 0.0)),
         features,
         ADAGRAD,
         torch.Generator().manual_seed(3),

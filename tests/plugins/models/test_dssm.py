@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedtower.core.errors import RecipeError
 from fedtower.plugins.models.dssm.model import DSSM, ItemTower, UserTower
-from fedtower.recsys.models import Declared, Schema
+from fedtower.recsys.models import Declared, Schema, SequenceTower
 from fedtower.recsys.testing.model import ModelPromises
 
 SCHEMA = Schema(num_items=30, num_user_features=2, num_item_features=3, history_length=9)
@@ -32,6 +32,11 @@ def generator(seed: int = 3) -> torch.Generator:
 
 def declared(schema: Schema = SCHEMA, **changes: Any) -> Declared:
     return DSSM(**{"dim": 4, "hidden": 5, "windows": (3, 1), **changes}).declare(schema, generator())
+
+
+def tower_of(model: Declared) -> SequenceTower:
+    assert isinstance(model.shared, SequenceTower)
+    return model.shared
 
 
 def only_pools(tower: UserTower, weights: list[float]) -> None:
@@ -91,7 +96,7 @@ def test_what_comes_at_the_target_or_later_shows_nowhere(slots: int, data: st.Da
     history = torch.randn(slots, 5, generator=generator())
     changed = history.clone()
     changed[target[place] :] = torch.randn(slots - target[place], 5, generator=generator(9)) * 50
-    seen, again = (model.shared.represent(rows, torch.tensor(target), torch.ones(2)) for rows in (history, changed))
+    seen, again = (tower_of(model).represent(rows, torch.tensor(target), torch.ones(2)) for rows in (history, changed))
     assert torch.equal(seen[place], again[place])
 
 
@@ -101,13 +106,13 @@ def test_an_items_bias_is_no_part_of_a_user() -> None:
     biased = history.clone()
     biased[:, 4] += 7.0
     target = torch.tensor([3, 6])
-    seen, again = (model.shared.represent(rows, target, torch.zeros(2)) for rows in (history, biased))
+    seen, again = (tower_of(model).represent(rows, target, torch.zeros(2)) for rows in (history, biased))
     assert torch.equal(seen, again)
-    torch.testing.assert_close(model.shared.score(seen, biased), model.shared.score(seen, history) + 7.0)
+    torch.testing.assert_close(tower_of(model).score(seen, biased), tower_of(model).score(seen, history) + 7.0)
 
 
 def test_scores_by_hand() -> None:
-    score = declared().shared.score(
+    score = tower_of(declared()).score(
         torch.tensor([[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]),
         torch.tensor([[3.0, 4.0, 0.0, 0.0, 0.5], [1.0, 1.0, 1.0, 9.0, -1.0]]),
     )
@@ -153,12 +158,12 @@ def test_a_users_own_vector_is_added_stays_on_the_device_and_starts_at_zero() ->
     assert "user_vector" not in with_one.parameters()
     assert not with_one.device_parameters()["user_vector"].any()
     history, target = torch.randn(6, 5, generator=generator()), torch.tensor([3, 6])
-    expected = without.shared.represent(history, target, torch.zeros(2))
-    assert torch.equal(with_one.shared.represent(history, target, torch.zeros(2)), expected)
+    expected = tower_of(without).represent(history, target, torch.zeros(2))
+    assert torch.equal(tower_of(with_one).represent(history, target, torch.zeros(2)), expected)
     tower: Any = with_one.shared
     with torch.no_grad():
         tower.user_vector += torch.tensor([1.0, 2.0, 3.0, 4.0])
-    moved = with_one.shared.represent(history, target, torch.zeros(2)) - expected
+    moved = tower_of(with_one).represent(history, target, torch.zeros(2)) - expected
     torch.testing.assert_close(moved, torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 2))
 
 
