@@ -673,7 +673,7 @@ def test_a_client_without_weight_is_folded_wherever_it_stands(order: tuple[int, 
     assert int(state.aggregator["seen"]) == 2
 
 
-@pytest.mark.parametrize("order", [(2, 0), (0, 2)], ids=["first", "last"])
+@pytest.mark.parametrize("order", [(2, 0), (0, 2), (2,)], ids=["first", "last", "alone"])
 @pytest.mark.parametrize("bad", [math.nan, -1.0])
 def test_a_weight_that_is_none_is_refused_wherever_it_stands(order: tuple[int, ...], bad: float) -> None:
     class Weighing:
