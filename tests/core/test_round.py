@@ -687,7 +687,7 @@ def test_a_weight_that_is_none_is_refused_wherever_it_stands(order: tuple[int, .
         outcome(parts(0, 2, transport=Weighing()))
 
 
-@pytest.mark.parametrize("order", permutations(range(3)))
+@pytest.mark.parametrize("order", list(permutations(range(3))))
 def test_a_mean_is_rounded_once_whatever_the_order(order: tuple[int, ...]) -> None:
     losses, tally = [1e16, 1.0, -1e16], Tally(Cohort(1, np.arange(3), 3))
     blocks = (Updates(np.ones(1), clients=np.array([c]), metrics={"loss": np.array([losses[c]])}) for c in order)
