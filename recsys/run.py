@@ -210,11 +210,7 @@ def _train(
         for subject, evaluation in task.final(training.learned()):
             hooks.observe("evaluated", round=last, subject=subject, evaluation=evaluation)
     except KeyboardInterrupt as stop:
-        stop.add_note(
-            f"`fedtower resume {folder.path}` goes on from round {saved}"
-            if saved
-            else f"{folder.path} has no checkpoint yet: start again"
-        )
+        stop.add_note(folder.way_on())  # what is on the disk: it may have been stopped right after saving
         raise
     summary = RunLog(folder.path).record().summary()
     folder.write("summary.json", summary)

@@ -96,6 +96,13 @@ class RunFolder:
             )
         return rounds[-1]
 
+    def way_on(self) -> str:
+        """How to go on with a run that was interrupted."""
+        rounds = list_checkpoints(self.checkpoints)
+        if not rounds:
+            return f"{self.path} has no checkpoint yet: start again"
+        return f"`fedtower resume {self.path}` goes on from round {rounds[-1]}"
+
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file whole or not at all."""
         with storage_errors(self.path):

@@ -131,7 +131,8 @@ def test_nothing_and_no_weight_are_refused() -> None:
 
 def test_an_empty_block_is_no_update() -> None:
     empty = examples.updates(7).slice(0, 0)
-    assert_same_bits(total_of(empty, examples.updates(7), empty), total_of(examples.updates(7)))
+    for nobody in (empty, stack([])):
+        assert_same_bits(total_of(nobody, examples.updates(7), nobody), total_of(examples.updates(7)))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -119,6 +119,12 @@ def test_seed_purpose_and_every_word_of_the_key_matter() -> None:
     assert len({int(bits) for bits in drawn}) == len(drawn)
 
 
+@law
+@given(words)
+def test_uniform_draws_are_the_upper_53_bits(client: int) -> None:
+    assert float(Draws(3).uniform("u", client)) == (plain_bits(3, "u", client) >> 11) / 2**53
+
+
 def test_uniform_draws_are_in_range_and_even() -> None:
     drawn = Draws(7).uniform("u", 1, np.arange(200_000))
     assert drawn.min() >= 0

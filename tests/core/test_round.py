@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from fedtower.core.draws import Draws
 from fedtower.core.errors import FedtowerError, UpdateError
 from fedtower.core.hooks import Hooks, hookimpl
 from fedtower.core.plan import LocalSettings, Plan, RowSettings
-from fedtower.core.round import Parts, RoundReport, run_round, run_rounds
+from fedtower.core.round import Parts, RoundReport, Tally, run_round, run_rounds
 from fedtower.core.rows import localise, step_rows
 from fedtower.core.runtime import Work, as_updates
 from fedtower.core.server import Schedule, ServerState
@@ -673,7 +674,7 @@ def test_a_client_without_weight_is_folded_wherever_it_stands(order: tuple[int, 
     assert int(state.aggregator["seen"]) == 2
 
 
-@pytest.mark.parametrize("order", [(2, 0), (0, 2)], ids=["first", "last"])
+@pytest.mark.parametrize("order", [(2, 0), (0, 2), (2,)], ids=["first", "last", "alone"])
 @pytest.mark.parametrize("bad", [math.nan, -1.0])
 def test_a_weight_that_is_none_is_refused_wherever_it_stands(order: tuple[int, ...], bad: float) -> None:
     class Weighing:
@@ -684,6 +685,14 @@ def test_a_weight_that_is_none_is_refused_wherever_it_stands(order: tuple[int, .
 
     with pytest.raises(UpdateError, match=r"those of the clients \[2\]"):
         outcome(parts(0, 2, transport=Weighing()))
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_a_mean_is_rounded_once_whatever_the_order(order: tuple[int, ...]) -> None:
+    losses, tally = [1e16, 1.0, -1e16], Tally(Cohort(1, np.arange(3), 3))
+    blocks = (Updates(np.ones(1), clients=np.array([c]), metrics={"loss": np.array([losses[c]])}) for c in order)
+    assert len(list(tally.count(blocks))) == 3
+    assert tally.report(1, 1, seconds=0.0).loss == 1 / 3
 
 
 def test_a_metric_that_only_some_clients_send_is_their_mean() -> None:

@@ -49,13 +49,13 @@ def values(updates: Updates) -> list[float]:
     return [float(value) for value in updates.dense["x"]]
 
 
-CHAIN = (TimesPlus(2, 1), TimesPlus(4, 3))
+CHAIN = (TimesPlus(2, 1), TimesPlus(4, 5))  # they do not commute
 
 
 def test_the_first_transform_is_the_first_on_the_client() -> None:
     states = [{"visits": np.array([0.0, 5.0], dtype=np.float32)}, {"visits": np.zeros(2, dtype=np.float32)}]
     sent, kept = on_client(CHAIN, block(1, 10), states, Draws(1))
-    assert values(sent) == [4 * (2 * 1 + 1) + 3, 4 * (2 * 10 + 1) + 3]
+    assert values(sent) == [4 * (2 * 1 + 1) + 5, 4 * (2 * 10 + 1) + 5]
     assert [state["visits"].tolist() for state in kept] == [[2, 7], [4, 4]]
 
 
@@ -66,7 +66,7 @@ def test_the_last_transform_is_decoded_first() -> None:
 
 
 def test_the_last_transform_finishes_first() -> None:
-    assert values(finish(CHAIN, block(1), NOBODY)) == [2 * (4 * 1 + 3) + 1]
+    assert values(finish(CHAIN, block(1), NOBODY)) == [2 * (4 * 1 + 5) + 1]
 
 
 def test_no_transforms_change_nothing() -> None:

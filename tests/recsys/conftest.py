@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,6 +110,81 @@ def federated_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def standalone_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished small run in standalone mode. Nobody may write into its folder."""
     return fedtower.run("dssm-synthetic", {**SMALL, "mode": "standalone"}, runs=tmp_path_factory.mktemp("standalone"))
+
+
+class Child:
+    """A command line that runs in a process of its own."""
+
+    def __init__(self, pid: int, folder: Path, ask: Callable[[Mapping[str, Any]], Any]) -> None:
+        self.pid, self.folder, self._ask = pid, folder, ask
+        self.code: int | None = None
+
+    def poll(self) -> int | None:
+        """Its exit code, minus a signal, or ``None`` while it runs."""
+        if self.code is None:
+            self.code = self._ask({"wait": self.pid})
+        return self.code
+
+    def wait(self, seconds: float = 120.0) -> int:
+        """Its exit code, once it has one; it is killed when that takes too long."""
+        until = time.monotonic() + seconds
+        while (code := self.poll()) is None:
+            if time.monotonic() > until:
+                os.kill(self.pid, signal.SIGKILL)
+                pytest.fail(f"no end after {seconds} s: {self.out[-500:]} {self.err[-500:]}")
+            time.sleep(0.002)
+        return code
+
+    def kill(self, how: signal.Signals = signal.SIGKILL) -> int:
+        """Send it a signal, and wait for its end."""
+        if self.poll() is None:
+            os.kill(self.pid, how)
+        return self.wait()
+
+    @property
+    def out(self) -> str:
+        """What it wrote to stdout."""
+        return (self.folder / "out").read_text("utf-8")
+
+    @property
+    def err(self) -> str:
+        """What it wrote to stderr, in one line."""
+        return " ".join((self.folder / "err").read_text("utf-8").split())
+
+
+@pytest.fixture(scope="session")
+def fork() -> Iterator[Callable[..., Child]]:
+    """Starts a command line in a forked process, which has no seconds of imports before it; see forks.py."""
+    program = str(Path(__file__).with_name("forks.py"))
+    with subprocess.Popen(
+        [sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        talk_to, listen_to = server.stdin, server.stdout
+
+        def ask(order: Mapping[str, Any]) -> Any:
+            talk_to.write(json.dumps(order) + "\n")
+            talk_to.flush()
+            return json.loads(listen_to.readline())
+
+        def start(*arguments: object, folder: Path, disk: tuple[Path, str, int] | None = None) -> Child:
+            place = None if disk is None else (str(disk[0]), *disk[1:])
+            order = {"arguments": [str(word) for word in arguments], "folder": str(folder), "disk": place}
+            return Child(ask(order), folder, ask)
+
+        yield start
+        talk_to.close()
+
+
+@pytest.fixture(scope="session")
+def options(small: Mapping[str, Any]) -> Callable[..., list[str]]:
+    """The words of a command line that make a recipe small; and these overrides too."""
+
+    def of(overrides: Mapping[str, Any] | None = None) -> list[str]:
+        return [f"--option={key}={_toml(value)}" for key, value in {**small, **(overrides or {})}.items()]
+
+    return of
 
 
 def _toml(value: Any) -> str:
