@@ -47,15 +47,22 @@ def visit(local):
     return Plan(1, group("parameters"), local), work
 """
 
-DEVICE = COMMON + VISIT + """
+DEVICE = (
+    COMMON
+    + VISIT
+    + """
 from fedtower.plugins.runtimes.ENGINE.device import open_bundle
 runtime = open_bundle(sys.argv[1])
 imported = time.process_time() - began
 plan, work = visit(runtime.local)
 updates, _ = runtime.train(plan, work)
 """
+)
 
-TORCH = COMMON + VISIT + """
+TORCH = (
+    COMMON
+    + VISIT
+    + """
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
@@ -71,8 +78,11 @@ imported = time.process_time() - began
 plan, work = visit(local)
 updates, _ = runtime.train(plan, work)
 """
+)
 
-BARE = COMMON + """
+BARE = (
+    COMMON
+    + """
 import json
 import MNN
 import MNN.expr as F
@@ -101,6 +111,7 @@ for at in range(int(data["steps"][0])):
         elif port["role"] == "gradient": np.subtract.at(rows, slots[port["name"]][0, at], value.read())
 final = {name: np.array(value.read()) for name, value in held.items()}
 """
+)
 
 END = """
 print("imported", imported)
@@ -214,6 +225,7 @@ def prepare(folder: Path) -> None:
     """The bundle and a visit's data; in a process of its own, as it needs torch."""
     import torch
 
+    from fedtower.core.draws import Draws
     from fedtower.core.plan import LocalSettings
     from fedtower.core.registry import discover
     from fedtower.core.rows import localise
@@ -228,15 +240,15 @@ def prepare(folder: Path) -> None:
     registry = discover()
     schema = Schema(num_items=1682, num_user_features=29, num_item_features=18, history_length=SLOTS // 2)
     model: Declared = registry.make("model", Part("dssm")).declare(schema, torch.Generator().manual_seed(1))
-    draws = np.random.default_rng(1)
-    ids = draws.integers(0, 1682, size=(1, STEPS * (SLOTS + NEGATIVES)))
+    draws, step = Draws(1), np.arange(STEPS)[None, :, None]
+    ids = draws.integers(1682, "ids", step, np.arange(SLOTS + NEGATIVES)).reshape(1, -1)
     needed, where = localise(ids)
     where = where.reshape(1, STEPS, SLOTS + NEGATIVES)
-    rows = draws.normal(scale=0.05, size=(len(needed.ids), model.cloud.width)).astype(np.float32)
+    rows = (0.05 * draws.normal("rows", needed.ids[:, None], np.arange(model.cloud.width))).astype(np.float32)
     inputs: dict[str, Any] = {
-        "target": draws.integers(0, SLOTS, size=(1, STEPS, BATCH)),
+        "target": draws.integers(SLOTS, "target", step, np.arange(BATCH)),
         "weight": np.ones((1, STEPS, BATCH), dtype=np.float32),
-        "user": draws.normal(size=(1, STEPS, 29)).astype(np.float32),
+        "user": np.repeat(draws.normal("user", np.arange(29))[None, None], STEPS, axis=1).astype(np.float32),
     }
     slots = {"history": where[..., :SLOTS], "negatives": where[..., SLOTS:]}
     one = np.array([0]), np.array([STEPS]), np.array([STEPS * BATCH])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -42,7 +41,7 @@ class ExporterPromises(Promises):
 
     def test_the_file_names_nothing_of_this_machine(self, folder: Path) -> None:
         held = self.made().write(traced("histories"), folder).read_bytes()
-        for place in (str(folder), os.getcwd(), str(Path.home()), tempfile.gettempdir()):
+        for place in (str(folder), str(Path.cwd()), str(Path.home()), tempfile.gettempdir()):
             assert len(place) < 5 or place.encode() not in held
 
     def test_an_engine_computes_what_torch_computes(self, folder: Path) -> None:

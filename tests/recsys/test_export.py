@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,16 @@ from fedtower.core.plan import Plan, RowSettings
 from fedtower.core.registry import discover
 from fedtower.core.settings import Part
 from fedtower.core.store import ClientStore
+from fedtower.plugins.runtimes.onnx.device import open_scorer
 from fedtower.recsys import export
-from fedtower.recsys.bundle import Bundle, read_tensors
+from fedtower.recsys.bundle import Bundle, Port, read_tensors
 from fedtower.recsys.export import TOLERANCE, Subject, cached_bundle, export_model
 from fedtower.recsys.graphs import ExportError, Traced, Visit, trace_forward, trace_step
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.models import Declared, ExampleTower, linear
+from fedtower.recsys.step import make_loss, make_step
 from fedtower.recsys.tables import CloudTables
-from fedtower.recsys.testing.examples import cases
+from fedtower.recsys.testing.examples import SCHEMA, cases
 from fedtower.recsys.testing.exporter import exported
 
 OPTIMIZERS = ["sgd", "momentum", "adagrad", "adam"]
@@ -63,8 +66,6 @@ def test_the_traced_step_is_the_step(name: str, optimizer: Any) -> None:
     case = cases()[name]
     local = case.plan(optimizer=optimizer, proximal=0.1).local
     graph, state = trace_step(case.model, local, visit(name))
-    from fedtower.recsys.step import make_step
-
     values = dict(zip(graph.inputs, graph.examples, strict=True))
     held: dict[str, dict[str, Any]] = {}
     for port, value in values.items():
@@ -76,13 +77,9 @@ def test_the_traced_step_is_the_step(name: str, optimizer: Any) -> None:
     want = {"parameter": after, "state": moved, "gradient": slopes, "loss": {"loss": loss}}
     for port, got in zip(graph.outputs, graph.run([value.numpy() for value in graph.examples]), strict=True):
         np.testing.assert_allclose(got, want[port.role][port.name].numpy(), rtol=1e-4, atol=1e-5, err_msg=port.name)
-    begun = {each.name: each.fill(case.model.parameters() | case.model.device_parameters()) for each in state}
-    start = step.init(
-        {
-            key: torch.from_numpy(v)
-            for key, v in (*case.model.parameters().items(), *case.model.device_parameters().items())
-        }
-    )
+    parameters = {**case.model.parameters(), **case.model.device_parameters()}
+    begun = {each.name: each.fill(parameters) for each in state}
+    start = step.init({key: torch.from_numpy(value) for key, value in parameters.items()})
     assert set(begun) == set(start)
     for key, value in start.items():
         np.testing.assert_array_equal(begun[key], value.numpy())
@@ -144,8 +141,6 @@ class Indexing(ExampleTower):
 def test_what_torch_leaves_whole_is_taken_apart_without_a_difference(tower: ExampleTower) -> None:
     case = cases()["images"]
     shape = (4, 2, 9, 9)
-    from fedtower.recsys.bundle import Port
-
     seen = Visit(
         (),
         (
@@ -158,8 +153,6 @@ def test_what_torch_leaves_whole_is_taken_apart_without_a_difference(tower: Exam
     graph, _ = trace_step(Declared(tower), case.plan().local, seen)
     values = {port.name: value for port, value in zip(graph.inputs, graph.examples, strict=True)}
     leaves = {name: values[name].clone().requires_grad_() for name, _ in tower.named_parameters()}
-    from fedtower.recsys.step import make_loss
-
     loss = make_loss(tower, case.loss)(leaves, {}, {name: values[name] for name in ("dense", "label", "weight")})
     slopes = torch.autograd.grad(loss, list(leaves.values()))
     got = dict(zip((port.name for port in graph.outputs), graph.run([v.numpy() for v in graph.examples]), strict=True))
@@ -171,8 +164,6 @@ def test_what_torch_leaves_whole_is_taken_apart_without_a_difference(tower: Exam
 def test_no_bundle_and_no_plan_holds_anything_of_the_cloud() -> None:
     model = REGISTRY.make("model", Part("dssm", {"dim": 8, "item_hidden": 6, "windows": [3]}))
     case = cases()["histories"]
-    from fedtower.recsys.testing.examples import SCHEMA
-
     declared = model.declare(SCHEMA, torch.Generator().manual_seed(7))
     tables = CloudTables(
         declared,
@@ -180,9 +171,7 @@ def test_no_bundle_and_no_plan_holds_anything_of_the_cloud() -> None:
         RowSettings(),
         torch.Generator().manual_seed(8),
     )
-    seen = replace(visit("histories"), rows=None)
-    work = case.work()
-    seen = Visit.of(declared, work, declared.cloud.width)
+    seen = Visit.of(declared, case.work(), declared.cloud.width)
     out = Path(exported("histories").path).parent / "cloudless"
     bundle = export_model(
         Subject("dssm", declared, case.plan().local, seen), learned(declared), out, REGISTRY, formats=["onnx"]
@@ -211,10 +200,8 @@ class Wrong:
     def write(self, graph: Traced, folder: Path) -> Path:
         place = [port.role for port in graph.inputs].index("parameter")
         node = [node for node in graph.module.graph.nodes if node.op == "placeholder"][place]
-        import copy
-
         module = copy.deepcopy(graph.module)
-        twin = [other for other in module.graph.nodes if other.name == node.name][0]
+        twin = next(other for other in module.graph.nodes if other.name == node.name)
         with module.graph.inserting_after(twin):
             moved = module.graph.call_function(torch.ops.aten.mul.Tensor, (twin, 1.001))
         twin.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
@@ -248,9 +235,9 @@ def test_the_hook_stands_around_the_export(tmp_path: Path, monkeypatch: pytest.M
 
     class Watch:
         @hookimpl(wrapper=True)
-        def export(self, folder: Path) -> Iterator[None]:
+        def export(self, folder: Path) -> Generator[None, Any, Any]:
             told.append(("before", folder.exists()))
-            bundle: Any = yield
+            bundle = yield
             told.append(("after", isinstance(bundle, Bundle)))
             return bundle
 
@@ -267,7 +254,12 @@ def test_a_simulation_exports_once_and_again_when_the_cache_was_damaged(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     calls = []
     write = export.write_graphs
-    monkeypatch.setattr(export, "write_graphs", lambda *given: calls.append(1) or write(*given))
+
+    def counted(*given: Any) -> dict[str, float]:
+        calls.append(1)
+        return write(*given)
+
+    monkeypatch.setattr(export, "write_graphs", counted)
     case = cases()["clicks"]
     given = (case.model, case.plan().local, visit("clicks"), "onnx")
     first = cached_bundle(*given, REGISTRY)
@@ -286,8 +278,6 @@ def test_the_forward_graph_scores_as_the_tower_does() -> None:
     graph = trace_forward(case.model, visit("histories"))
     draws = Draws(3)
     tower = case.model.shared
-    from fedtower.plugins.runtimes.onnx.device import open_scorer
-
     history = draws.normal("history", np.arange(7)[:, None], np.arange(8)[None, :]).astype(np.float32)
     candidates = draws.normal("candidates", np.arange(300)[:, None], np.arange(8)[None, :]).astype(np.float32)
     user = draws.normal("user", np.arange(3)).astype(np.float32)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from fedtower.recsys.models import Declared, ExampleTower, linear
 from fedtower.recsys.testing.exporter import ExporterPromises, onnx_of, traced
 
 Array = NDArray[Any]
-F, I, B = TensorProto.FLOAT, TensorProto.INT32, TensorProto.BOOL
+F, INT, B = TensorProto.FLOAT, TensorProto.INT32, TensorProto.BOOL
 
 
 class TestOnnx(ExporterPromises):
@@ -66,6 +66,7 @@ X, Y, POSITIVE = floats(3, 4), floats(3, 4, seed=5)[::-1].copy(), np.abs(floats(
 SMALL = np.clip(X, -4, 4)
 N, M, Q = whole(3, 4), whole(3, 4)[::-1].copy(), floats(4, 5, seed=2)
 LONG = np.int64
+WANTED = np.greater(N, 0)
 
 
 def axes(*values: int) -> tuple[Array, ...]:
@@ -94,7 +95,7 @@ TRIALS = [
     Trial("Sigmoid", (SMALL,), 1 / (1 + np.exp(-SMALL))),
     Trial("Tanh", (X,), np.tanh(X)),
     Trial("Sign", (X,), np.sign(X)),
-    Trial("Clip", (X,), np.clip(X, -0.5, 0.25), (np.float32(-0.5).reshape(()), np.float32(0.25).reshape(()))),
+    Trial("Clip", (X,), np.clip(X, -0.5, 0.25), (np.array(-0.5, dtype=np.float32), np.array(0.25, dtype=np.float32))),
     Trial("Max", (X, Y), np.maximum(X, Y)),
     Trial("Min", (X, Y), np.minimum(X, Y)),
     Trial("MatMul", (X, Q), X @ Q),
@@ -111,13 +112,13 @@ TRIALS = [
     Trial("Greater", (X, -X), X > -X),
     Trial("GreaterOrEqual", (X, Y), X >= Y),
     Trial("GreaterOrEqual", (N, M), N >= M),
-    Trial("GreaterOrEqual", (X, X[::-1].copy()), X >= X[::-1]),
+    Trial("GreaterOrEqual", (X, X[::-1].copy()), X[::-1] <= X),
     Trial("LessOrEqual", (X, Y), X <= Y),
     Trial("LessOrEqual", (N, M), N <= M),
     Trial("Equal", (N, M), N == M),
-    Trial("Where", (X, Y), np.where(N > 0, X, Y), (N > 0,)),
+    Trial("Where", (X, Y), np.where(WANTED, X, Y), (WANTED,)),
     Trial("Cast", (N,), N.astype(np.float32), (), {"to": F}),
-    Trial("Cast", (X,), X.astype(np.int32), (), {"to": I}),
+    Trial("Cast", (X,), X.astype(np.int32), (), {"to": INT}),
     Trial("Reshape", (X,), X.reshape(2, 6), axes(2, 6)),
     Trial("Expand", (X[:, :1].copy(),), np.broadcast_to(X[:, :1], (3, 4)), axes(3, 4)),
     Trial("Unsqueeze", (X,), X[:, None], axes(1)),
@@ -164,18 +165,26 @@ def one_graph() -> tuple[onnx.ModelProto, list[tuple[Port, Array]], list[Port]]:
             compared = [f"{name}_is_positive" for name in names]
             zero = f"zero_{place}"
             held.append(numpy_helper.from_array(np.zeros((), dtype=np.int32), zero))
-            nodes += [helper.make_node("Greater", [name, zero], [out]) for name, out in zip(names, compared, strict=True)]
+            nodes += [
+                helper.make_node("Greater", [name, zero], [out]) for name, out in zip(names, compared, strict=True)
+            ]
             ordered = compared
         raw = f"raw_{place}"
         nodes.append(helper.make_node(trial.op, ordered, [raw], **(trial.attributes or {})))
-        kind = I if trial.want.dtype.kind in "ib" else F
+        kind = INT if trial.want.dtype.kind in "ib" else F
         nodes.append(helper.make_node("Cast", [raw], [f"out_{place}"], to=kind))
-        outputs.append(port(f"out_{place}", trial.want.astype(np.int32 if kind == I else np.float32)))
+        outputs.append(port(f"out_{place}", trial.want.astype(np.int32 if kind == INT else np.float32)))
     graph = helper.make_graph(
         nodes,
         "trials",
-        [helper.make_tensor_value_info(each.port, F if each.dtype == "float32" else I, each.shape) for each, _ in inputs],
-        [helper.make_tensor_value_info(each.port, F if each.dtype == "float32" else I, each.shape) for each in outputs],
+        [
+            helper.make_tensor_value_info(each.port, F if each.dtype == "float32" else INT, each.shape)
+            for each, _ in inputs
+        ],
+        [
+            helper.make_tensor_value_info(each.port, F if each.dtype == "float32" else INT, each.shape)
+            for each in outputs
+        ],
         held,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
@@ -228,7 +237,7 @@ def model_of(op: str, kinds: tuple[int, ...], out: int, constants: Mapping[str, 
         (model_of("Equal", (F, F), B, {}), "Equal on floats"),
         (model_of("Cast", (F,), B, {}, to=B), "Cast from float to bool"),
         (model_of("ReduceSum", (F,), F, {"axes": np.zeros(0, dtype=LONG)}), "ReduceSum without axes"),
-        (model_of("ReduceSum", (I,), I, {"axes": np.ones(1, dtype=LONG)}), "ReduceSum on int32"),
+        (model_of("ReduceSum", (INT,), INT, {"axes": np.ones(1, dtype=LONG)}), "ReduceSum on int32"),
         (model_of("Max", (F, F, F), F, {}), "Max of 3"),
         (model_of("ReduceL2", (F,), F, {"axes": np.ones(1, dtype=LONG)}), "ReduceL2"),
     ],
@@ -257,9 +266,13 @@ class Cumulative(ExampleTower):
 
 
 @pytest.fixture
-def cumulative() -> Iterator[Any]:
-    inputs = (Port("x0", "input", "dense", (4, 3)), Port("x1", "input", "label", (4,)), Port("x2", "input", "weight", (4,)))
-    yield trace_step(Declared(Cumulative()), LocalSettings(steps=1, loss="bce"), Visit((), inputs, None))[0]
+def cumulative() -> Any:
+    inputs = (
+        Port("x0", "input", "dense", (4, 3)),
+        Port("x1", "input", "label", (4,)),
+        Port("x2", "input", "weight", (4,)),
+    )
+    return trace_step(Declared(Cumulative()), LocalSettings(steps=1, loss="bce"), Visit((), inputs, None))[0]
 
 
 def test_a_tower_with_an_operation_that_is_on_no_list_is_refused_by_its_name(cumulative: Any, tmp_path: Path) -> None:
