@@ -103,7 +103,7 @@ def parity(registry: Registry, recipe: str, overrides: tuple[str, ...], as_json:
         title = f"{loaded.name} ({api.describe(loaded.local)}): how far from {api.REFERENCE}"
         table = Table(title=title, title_justify="left")
         for column in ("runtime", "after one", "of"):
-            table.add_column(column)
+            table.add_column(column, no_wrap=True)
         for column in ("off by", "moved by", "tolerance"):
             table.add_column(column, justify="right")
         table.add_column("verdict")

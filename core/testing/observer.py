@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,12 @@ class ObserverPromises(Promises):
         shown: dict[str, dict[str, Any]] = {
             "client_train": {"plan": examples.plan(), "clients": examples.cohort().clients},
             "aggregate": {"round": 1},
+            "export": {"folder": Path("bundle")},
         }
+        if name == "export":
+            bundle = SimpleNamespace(path=Path("bundle"))
+            assert hooks.wrap(name, lambda: bundle, **shown[name]) is bundle
+            return
         result: Any = hooks.wrap(name, lambda: (examples.updates(7), {}), **shown[name])
         assert isinstance(result[0], Updates)
         assert isinstance(result[1], Mapping)

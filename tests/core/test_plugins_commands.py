@@ -134,7 +134,7 @@ def test_check_of_a_plugin_checks_its_parts_and_its_hooks(project: Path, capsys:
     assert call(["plugins", "check", "fedtower_plugins.py"]) == 4
     last = [line for line in capsys.readouterr().out.splitlines() if "promises kept" in line]
     assert last[0].startswith("aggregator my_mean: 17 of 17")
-    assert last[-1] == "hooks of fedtower_plugins.py: 6 of 6 promises kept"
+    assert last[-1] == "hooks of fedtower_plugins.py: 7 of 7 promises kept"
 
 
 def test_a_part_that_cannot_be_imported_is_a_broken_promise(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
