@@ -110,10 +110,14 @@ def parity(registry: Registry, recipe: str, overrides: tuple[str, ...], as_json:
         for line in lines:
             distance, moved = ("" if line.absent else f"{value:.1e}" for value in (line.distance, line.moved))
             numbers = (distance, moved, f"{line.tolerance:.0e}")
+            verdict = "absent" if line.absent else line.verdict
             table.add_row(
-                line.runtime, line.moment, line.what, *numbers, line.verdict, style="" if line.holds else "bold red"
+                line.runtime, line.moment, line.what, *numbers, verdict, style="" if line.holds else "bold red"
             )
-        Console(highlight=False).print(table)
+        console = Console(highlight=False)
+        console.print(table)
+        for runtime, reason in {line.runtime: line.absent for line in lines if line.absent}.items():
+            console.print(f"{runtime} is {reason}", soft_wrap=True, markup=False)
     wrong = [line for line in lines if not line.holds]
     if wrong:
         named = ", ".join(dict.fromkeys(line.runtime for line in wrong))

@@ -133,7 +133,7 @@ def cached_bundle(
     registry = registry or discover()
     step, state = trace_step(model, local, visit)
     # What no graph holds is given with every plan: the rates and the number of steps are no part of it.
-    settled = replace(local, steps=1, epochs=None, lr=1.0, row_lr=None)
+    settled = replace(local, steps=1, epochs=None, share=1.0, lr=1.0, row_lr=None)
     manifest = _manifest(Subject("cached", model, settled, visit), state, {"train": step})
     formats = _with_those_before(suffix, registry)
     folder = cache_folder() / "graphs" / f"{suffix}-{_key(step, manifest, formats, registry)}"
