@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedtower.core.errors import CheckpointError, StorageError
+from fedtower.core.errors import CheckpointError, RecipeError, StorageError
 from fedtower.core.recipe import Recipe
 from fedtower.core.registry import Registry
 from fedtower.recsys.run import Run
@@ -31,6 +32,13 @@ def test_runs_of_a_recipe_are_numbered(tmp_path: Path, recipe: Recipe, registry:
         (runs / other).mkdir()
     names.append(RunFolder.create(recipe, registry, runs).path.name)
     assert names == ["dssm-synthetic-1", "dssm-synthetic-2", "dssm-synthetic-8"]
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "../up", "a/b", "/tmp/x", "-x", "a\0b"])
+def test_a_name_that_is_no_folders_is_refused(tmp_path: Path, recipe: Recipe, registry: Registry, name: str) -> None:
+    with pytest.raises(RecipeError, match="cannot be the name of the run's folder in .*; expected a word without"):
+        RunFolder.create(replace(recipe, name=name), registry, tmp_path / "runs")
+    assert not list(tmp_path.iterdir())
 
 
 def test_processes_that_begin_at_once_get_folders_of_their_own(tmp_path: Path, recipe: Recipe) -> None:
