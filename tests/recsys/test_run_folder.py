@@ -36,7 +36,7 @@ def test_runs_of_a_recipe_are_numbered(tmp_path: Path, recipe: Recipe, registry:
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", "../up", "a/b", "/tmp/x", "-x", "a\0b"])
 def test_a_name_that_is_no_folders_is_refused(tmp_path: Path, recipe: Recipe, registry: Registry, name: str) -> None:
-    with pytest.raises(RecipeError, match="cannot be the name of the run's folder in .*; expected a word without"):
+    with pytest.raises(RecipeError, match=r"cannot be the name of the run's folder in .*; expected a word without"):
         RunFolder.create(replace(recipe, name=name), registry, tmp_path / "runs")
     assert not list(tmp_path.iterdir())
 
