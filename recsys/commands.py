@@ -110,14 +110,14 @@ def evaluate(registry: Registry, folder: Path, protocol: Literal["sampled", "ful
         shown = {"role": evaluation.role, "label": evaluation.protocol_label, "metrics": evaluation.metrics}
         click.echo(json.dumps({**shown, "cases": evaluation.cases, "users": evaluation.users}))
         return
-    table = Table(
-        title=f"{evaluation.role}, {evaluation.protocol_label}, {evaluation.cases:,} cases", title_justify="left"
-    )
+    console = Console(highlight=False)
+    console.print(f"{evaluation.role}, {evaluation.protocol_label}, {evaluation.cases:,} cases")
+    table = Table()
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in evaluation.metrics.items():
         table.add_row(name, figure(value))
-    Console(highlight=False).print(table)
+    console.print(table)
 
 
 @click.command()

@@ -20,7 +20,7 @@ import tomli_w
 
 from fedtower.core.checkpoint import list_checkpoints, storage_errors
 from fedtower.core.discovery import LOCAL_FILE
-from fedtower.core.errors import CheckpointError
+from fedtower.core.errors import CheckpointError, RecipeError
 from fedtower.core.recipe import Recipe, parse_recipe
 from fedtower.core.registry import Registry
 
@@ -41,7 +41,13 @@ class RunFolder:
 
         Raises:
             StorageError: the place cannot be written.
+            RecipeError: the recipe's name cannot be a folder's.
         """
+        if not recipe.name.strip() or recipe.name.startswith((".", "-")) or set(recipe.name) & set("/\0"):
+            raise RecipeError(
+                f"name = {recipe.name!r} cannot be the name of the run's folder in {runs}; expected a word without "
+                f"slashes that begins with a letter or a digit, such as my-run"
+            )
         with storage_errors(runs):
             runs.mkdir(parents=True, exist_ok=True)
             number = 1 + max((_number(path, recipe.name) for path in runs.iterdir()), default=0)

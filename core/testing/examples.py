@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from fedtower.core.draws import Draws
 from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.recipe import Recipe, parse_recipe
 from fedtower.core.round import RoundReport
-from fedtower.core.updates import Rows, Updates
+from fedtower.core.updates import Rows, Updates, stack
 
 DENSE_SHAPES: dict[str, tuple[int, ...]] = {"tower.weight": (3, 2), "tower.bias": (3,), "scale": ()}
 TABLE_ROWS, TABLE_DIM = 11, 4
@@ -51,6 +51,13 @@ def updates(clients: int = 7, *, rows: bool = True, round: int = 1, seed: int = 
         rounds=np.full(clients, round, dtype=np.int64),
         metrics={"loss": draws.uniform("loss", ids)},
     )
+
+
+def cancelling(*, rows: bool = True, seed: int = 1) -> Updates:
+    """Seven clients whose large deltas cancel: a sum of floats keeps what the order of its terms leaves of the rest."""
+    large, small = updates(3, rows=rows, seed=seed), updates(1, rows=rows, seed=seed)
+    whole = stack([_times(large, 3e7), _times(small, 1e-3), _times(large, -3e7)])
+    return replace(whole, weights=np.full(7, 0.3), clients=np.arange(7, dtype=np.int64))
 
 
 def cohort(round: int = 1) -> Cohort:
@@ -107,6 +114,11 @@ def _rows(draws: Draws, clients: int) -> Rows:
     owners, ids = np.nonzero(wide)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=clients))])
     return Rows(offsets.astype(np.int64), ids.astype(np.int64), _normal(draws, "row", (len(ids), TABLE_DIM)))
+
+
+def _times(block: Updates, factor: float) -> Updates:
+    rows = {t: replace(part, row_deltas=part.row_deltas * np.float32(factor)) for t, part in block.rows.items()}
+    return replace(block, dense={name: delta * np.float32(factor) for name, delta in block.dense.items()}, rows=rows)
 
 
 def _normal(draws: Draws, purpose: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
