@@ -39,6 +39,10 @@ class WorkerDied(FedtowerError):
     """A worker process of a simulation ended without an answer."""
 
 
+class WorkerFailed(FedtowerError):
+    """A worker process ran into an error that cannot be sent as it is."""
+
+
 @dataclass(frozen=True)
 class Prepared(Work):
     """Work whose batches lie with the workers: here are only the clients, their steps, and the rows they need."""
@@ -215,7 +219,10 @@ def _serve(runtime: Runtime, data: ClientData | None, parents: Post, post: Post)
         except Exception as error:  # it is the parent's to report
             error.add_note(f"in worker process {multiprocessing.current_process().name}")
             answer = error
-        post.send(answer)
+        try:
+            post.send(answer)
+        except (pickle.PicklingError, TypeError, AttributeError):  # an exception that does not travel
+            post.send(WorkerFailed(f"a worker of the vectorized runtime failed: {answer!r}"))
 
 
 def _packed(done: tuple[Updates, States]) -> tuple[Updates, dict[str, FloatArray]]:

@@ -223,11 +223,7 @@ class Desk:
         """Put the batches ``at`` of ``clients`` into ``lanes``."""
         for held, given in ((self._inputs, self._work.inputs), (self._slots, self._work.slots)):
             for name, values in given.items():
-                if isinstance(values, Lookup) and len(lanes) == len(held[name]):
-                    # Clipping never happens here; without it numpy would look up into a copy first.
-                    np.take(values.table, values.places[clients, at], axis=0, out=held[name], mode="clip")
-                else:
-                    held[name][lanes] = values[clients, at]
+                _load(held[name], values, lanes, clients, at)
 
     def lanes(self, parameters: Mapping[str, FloatArray], states: Mapping[str, FloatArray], plan: Plan) -> Lanes:
         """All that a step needs: tensors in the memory of these arrays."""
@@ -240,6 +236,17 @@ class Desk:
             inputs=_tensors(self._inputs),
             rates=rates,
         )
+
+
+def _load(held: NDArray[Any], values: Any, lanes: IntArray, clients: IntArray, at: IntArray) -> None:
+    """Put ``values[clients, at]``, of an array or of a lookup, into the lanes."""
+    if isinstance(values, Lookup) and len(lanes) == len(held):
+        where = values.places[clients, at]
+        if where.min(initial=0) < 0 or where.max(initial=0) >= len(values.table):
+            raise IndexError(f"an input looks up row {where.min()} to {where.max()} of {len(values.table)}")
+        np.take(values.table, where, axis=0, out=held, mode="clip")  # in any other mode numpy makes a copy first
+    else:
+        held[lanes] = values[clients, at]
 
 
 def _tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from fedtower.core.testing.promises import assert_close, assert_same_bits
 from fedtower.core.updates import Updates, stack
 from fedtower.plugins.runtimes.torch_loop.runtime import TorchLoop
 from fedtower.plugins.runtimes.vectorized import compiled
-from fedtower.plugins.runtimes.vectorized.crew import Crew, WorkerDied
+from fedtower.plugins.runtimes.vectorized.crew import Crew, WorkerDied, WorkerFailed
 from fedtower.plugins.runtimes.vectorized.runtime import FEWEST_ROWS, Desk, Vectorized, by_rows
 from fedtower.recsys.testing.examples import Case, cases
 from fedtower.recsys.testing.runtime import RuntimePromises
@@ -131,7 +131,12 @@ def test_ragged_clients_fill_few_lanes_in_vain(monkeypatch: pytest.MonkeyPatch) 
     plan, work = case.plan(), case.work(clients=64)
     calls: list[int] = []
     load = Desk.load_batch
-    monkeypatch.setattr(Desk, "load_batch", lambda desk, *given: calls.append(len(given[0])) or load(desk, *given))
+
+    def counted(desk: Desk, lanes: NDArray[np.int64], clients: NDArray[np.int64], at: NDArray[np.int64]) -> None:
+        calls.append(len(lanes))
+        load(desk, lanes, clients, at)
+
+    monkeypatch.setattr(Desk, "load_batch", counted)
     Vectorized(compile=False, lanes=8).open(case.model, plan.local).train(plan, work)
     assert sum(calls) == work.steps.sum()
     assert len(calls) <= -(-work.steps.sum() // 8) + 2, "a lane stood empty while clients waited"
@@ -204,6 +209,23 @@ def test_a_worker_s_error_is_raised_here(crew: tuple[Case, Plan, Work, Crew]) ->
     assert len(opened.work(plan, np.array([3, 4])).clients) == 2, "it goes on afterwards"
 
 
+class Unsendable(Exception):
+    def __reduce__(self) -> str:
+        raise TypeError("not to be sent")
+
+
+@dataclass(frozen=True)
+class Refusing:
+    def work(self, plan: Plan, clients: NDArray[np.int64]) -> Work:
+        raise Unsendable("no such client")
+
+
+def test_an_error_that_cannot_be_sent_is_told_of(crew: tuple[Case, Plan, Work, Crew]) -> None:
+    _, plan, _, opened = crew
+    with pytest.raises(WorkerFailed, match="no such client"):
+        opened.prepares(Refusing()).work(plan, np.array([3, 4]))
+
+
 def test_a_killed_worker_is_told_of(crew: tuple[Case, Plan, Work, Crew]) -> None:
     _, plan, work, opened = crew
     opened.prepares(Given(work)).work(plan, np.array([3, 4]))
@@ -236,7 +258,7 @@ class Rows:
     generation = 0
 
     def fetch(self, source: str, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        return np.sin(ids[:, None] + np.arange(4)[None, :]).astype(np.float32)
+        return np.asarray(np.sin(ids[:, None] + np.arange(4)[None, :]), dtype=np.float32)
 
     def apply(self, deltas: object, lr_scale: float) -> None: ...
     def snapshot(self) -> dict[str, NDArray[np.float32]]:
@@ -262,3 +284,14 @@ def test_an_input_that_is_looked_up_is_as_good_as_a_whole_one() -> None:
     for runtime in (TorchLoop(), Vectorized(compile=False, lanes=8)):
         whole, _ = runtime.open(case.model, plan.local).train(plan, work)
         assert_same_bits(runtime.open(case.model, plan.local).train(plan, looked_up)[0], whole)
+
+
+@pytest.mark.parametrize("place", [-1, 10**6])
+def test_looking_up_what_is_not_there_is_an_error(place: int) -> None:
+    case = CASES["images"]
+    plan, work = case.plan(), replace(case.work(clients=20), steps=np.ones(20, dtype=np.int64))
+    dense = work.inputs["dense"]
+    lost = Lookup(dense.reshape(-1, *dense.shape[3:]), np.full(dense.shape[:3], place))
+    work = replace(work, inputs={**work.inputs, "dense": lost})  # type: ignore[dict-item]
+    with pytest.raises(IndexError, match="looks up"):
+        Vectorized(compile=False, lanes=8).open(case.model, plan.local).train(plan, work)
