@@ -256,7 +256,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Array]) -> None:
     """Write arrays as a safetensors file."""
     from safetensors.numpy import save
 
-    path.write_bytes(save({name: np.ascontiguousarray(value) for name, value in tensors.items()}))
+    path.write_bytes(save({name: np.asarray(value, order="C") for name, value in tensors.items()}))
 
 
 def parse_manifest(raw: bytes, origin: str) -> Manifest:

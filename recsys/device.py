@@ -5,7 +5,7 @@ fed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,26 +46,31 @@ def format_of(offer: Offer) -> Format:
 
 @dataclass(frozen=True)
 class DeviceGraph:
-    """One graph of a bundle, opened in an engine of its own.
-
-    Raises:
-        EngineError: the engine cannot read the graph, or died of it.
-    """
+    """One graph of a bundle, opened in an engine of its own."""
 
     path: Path
     digest: str
     graph: Graph
     format: Format
 
-    @cached_property
+    _engines: list[Engine] = field(default_factory=list, repr=False, compare=False)
+
+    @property
     def engine(self) -> Engine:
-        """The engine, started on first use."""
+        """The engine with the graph in it, started on first use, and again after it died.
+
+        Raises:
+            EngineError: the engine cannot read the graph, or died of it.
+        """
+        if self._engines and self._engines[0].alive:
+            return self._engines[0]
         engine = Engine(self.format.target, timeout_seconds=self.format.timeout_seconds)
         ports = {
             kind: [(port.port, port.role, port.name) for port in ports]
             for kind, ports in (("inputs", self.graph.inputs), ("outputs", self.graph.outputs))
         }
         engine.ask("open", {"path": str(self.path.resolve()), "digest": self.digest, **ports})
+        self._engines[:] = [engine]
         return engine
 
     def compute(self, values: Mapping[tuple[str, str], Array]) -> dict[tuple[str, str], Array]:

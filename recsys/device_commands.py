@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import click
@@ -72,7 +73,8 @@ def export(
     console = Console(highlight=False)
     console.print(table)
     if user is not None:
-        path = target.parent / f"{target.name}-{user}.safetensors"
+        named = re.sub(r"[^\w.-]", "_", user)  # an id may hold what a file's name may not
+        path = target.parent / f"{target.name}-{named}.safetensors"
         write_request(folder, user, candidates, path, registry)
         console.print(f"request: {path}", soft_wrap=True)
 
@@ -104,8 +106,8 @@ def parity(registry: Registry, recipe: str, overrides: tuple[str, ...], as_json:
         table = Table(title=title, title_justify="left")
         for column in ("runtime", "after one", "of"):
             table.add_column(column, no_wrap=True)
-        for column in ("off by", "moved by", "tolerance"):
-            table.add_column(column, justify="right")
+        for column in ("off by", "moved by", "allowed"):
+            table.add_column(column, justify="right", no_wrap=True)
         table.add_column("verdict")
         for line in lines:
             distance, moved = ("" if line.absent else f"{value:.1e}" for value in (line.distance, line.moved))

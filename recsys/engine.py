@@ -19,6 +19,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -74,6 +75,11 @@ class Engine:
         theirs.close()
         self._end = weakref.finalize(self, _end, self._line, self._process, self._output)
 
+    @property
+    def alive(self) -> bool:
+        """Whether it may still be asked."""
+        return self._end.alive
+
     def ask(self, word: str, values: Values | None = None, arrays: Arrays | None = None) -> tuple[Values, Arrays]:
         """The host's answer.
 
@@ -81,7 +87,7 @@ class Engine:
             EngineError: the host raised; the message is its.
             EngineCrashed: the process died, or did not answer in time.
         """
-        if not self._end.alive:
+        if not self.alive:
             raise EngineError(f"the engine {self._target} has been closed")
         try:
             _send(self._line, {"word": word, **(values or {})}, arrays or {})
@@ -181,8 +187,7 @@ def _forked(target: str, ours: socket.socket, theirs: socket.socket, output: IO[
 
 
 def _spawned(target: str, theirs: socket.socket, output: IO[bytes]) -> _Child:
-    # The parent's own path comes along: a child that found another fedtower would be another program.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
+    environment = {**os.environ, "PYTHONPATH": own_path()}
     command = [sys.executable, "-m", __name__, target, str(theirs.fileno())]
     popen = subprocess.Popen(
         command,
@@ -194,6 +199,11 @@ def _spawned(target: str, theirs: socket.socket, output: IO[bytes]) -> _Child:
         start_new_session=True,
     )
     return _Child(popen.pid, popen)
+
+
+def own_path() -> str:
+    """This process's search path, for a child: one that found another fedtower would be another program."""
+    return os.pathsep.join(each or str(Path.cwd()) for each in sys.path)
 
 
 def serve(target: str, line: socket.socket) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedtower.core.plan import Plan
 from fedtower.core.rows import RowIds
@@ -22,9 +23,11 @@ from fedtower.core.testing.promises import assert_close
 from fedtower.plugins.runtimes.mnn import device as mnn
 from fedtower.plugins.runtimes.onnx import device as onnx
 from fedtower.plugins.runtimes.torch_loop.runtime import TorchLoop
-from fedtower.recsys.bundle import InputError
+from fedtower.recsys.bundle import BundleError, InputError
 from fedtower.recsys.device import DeviceRuntime
 from fedtower.recsys.engine import Engine, EngineCrashed, EngineError
+from fedtower.recsys.models import ExampleTower
+from fedtower.recsys.reranking import Request
 from fedtower.recsys.testing.examples import Case, cases
 from fedtower.recsys.testing.exporter import exported
 
@@ -194,11 +197,12 @@ def test_a_label_that_is_no_class_is_refused(label: float) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_engine_that_is_killed_is_reported_and_the_caller_lives(engine: str) -> None:
     case, runtime = cases()["histories"], opened(engine, "histories")
-    runtime.train(case.plan(), case.work())
+    before, _ = runtime.train(case.plan(), case.work())
     os.kill(runtime._graph.engine._process.pid, signal.SIGKILL)
     with pytest.raises(EngineCrashed, match=r"died by SIGKILL while it answered 'train'"):
         runtime.train(case.plan(), case.work())
-    opened(engine, "histories").train(case.plan(), case.work())
+    again, _ = runtime.train(case.plan(), case.work())  # in a new engine
+    assert_close(again, before)
 
 
 # What stands in for an engine below.
@@ -274,9 +278,23 @@ def test_an_engine_that_nobody_holds_ends(engine: Engine) -> None:
     assert process.wait(5.0) is not None
 
 
-def test_a_bundle_ranks_candidates_on_the_command_line(tmp_path: Path) -> None:
-    from fedtower.recsys.reranking import Request
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_bundle_of_examples_gives_their_logits(engine: str) -> None:
+    case = cases()["clicks"]
+    work, tower = case.work(clients=1), case.model.shared
+    slots = {"category": work.rows["category"][work.slots["category"][0, 0]]}
+    inputs = {name: value[0, 0] for name, value in work.inputs.items()}
+    scorer = ENGINES[engine].open_scorer(exported("clicks").path)
+    assert isinstance(tower, ExampleTower)
+    with torch.no_grad():
+        tensors = ({name: torch.from_numpy(value) for name, value in held.items()} for held in (slots, inputs))
+        want = tower.logits(*tensors).numpy()
+    np.testing.assert_allclose(scorer.logits(slots, inputs), want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(BundleError, match="has no candidates to rank"):
+        scorer.score(slots["category"][:, 0], inputs["dense"][0], slots["category"][:, 0])
 
+
+def test_a_bundle_ranks_candidates_on_the_command_line(tmp_path: Path) -> None:
     request = Request(
         history=np.ones((3, 8), dtype=np.float32),
         user=np.zeros(3, dtype=np.float32),

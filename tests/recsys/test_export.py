@@ -23,11 +23,14 @@ from fedtower.core.settings import Part
 from fedtower.core.store import ClientStore
 from fedtower.plugins.runtimes.onnx.device import open_scorer
 from fedtower.recsys import export
+from fedtower.recsys import run as api
 from fedtower.recsys.bundle import Bundle, Port, read_tensors
+from fedtower.recsys.bundle_of_run import export_run, write_request
 from fedtower.recsys.export import TOLERANCE, Subject, cached_bundle, export_model
 from fedtower.recsys.graphs import ExportError, Traced, Visit, trace_forward, trace_step
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.models import Declared, ExampleTower, linear
+from fedtower.recsys.reranking import read_request, rerank
 from fedtower.recsys.step import make_loss, make_step
 from fedtower.recsys.tables import CloudTables
 from fedtower.recsys.testing.examples import SCHEMA, cases
@@ -287,3 +290,17 @@ def test_the_forward_graph_scores_as_the_tower_does() -> None:
     got = open_scorer(exported("histories").path).score(history, user, candidates)
     assert len(graph.outputs) == 1
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_is_exported_and_its_bundle_ranks_as_the_run_does(run_root: Path) -> None:
+    small = {"rounds": 2, "data.users": 60, "model.dim": 8, "model.user_vector": True, "local.negatives": 20}
+    done = api.run("dssm-synthetic", small)
+    bundle = export_run(done.folder, run_root / "bundle", REGISTRY, formats=["onnx"])
+    user = "3"
+    write_request(done.folder, user, 40, run_root / "request", REGISTRY)
+    ranked = rerank(open_scorer(bundle.path), read_request(run_root / "request"), 10)
+    want = done.recommend(user, 10)
+    assert [item for item, _ in ranked] == [each.item for each in want]
+    np.testing.assert_allclose([score for _, score in ranked], [each.score for each in want], rtol=1e-4)
+    assert bundle.manifest.on_device == ("user_vector",)
+    assert len(bundle.manifest.recipe) == 64

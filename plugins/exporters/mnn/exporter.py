@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fedtower.core.errors import MissingDependency
-from fedtower.recsys.engine import EngineCrashed
+from fedtower.recsys.engine import EngineCrashed, own_path
 from fedtower.recsys.graphs import ExportError, Traced
 
 
@@ -36,7 +36,7 @@ class MnnExporter:
         if not source.is_file():
             raise ExportError(f"there is no {source} to convert: name the exporter 'onnx' before 'mnn'")
         command = [sys.executable, "-m", "fedtower.plugins.exporters.mnn.converter"]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
+        environment = {**os.environ, "PYTHONPATH": own_path()}
         with tempfile.TemporaryDirectory(prefix="fedtower-mnn-") as elsewhere:  # it leaves files where it stands
             try:
                 done = subprocess.run(
