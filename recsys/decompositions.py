@@ -26,14 +26,19 @@ def slice_backward(
     places = range(size)[slice(start, end, step)]
     if step != 1:
         return _onehot_product(grad, torch.tensor(list(places)), size, dim)
-    before, after = places.start, size - places.start - len(places)
     parts = [grad]
-    for count, at in ((before, 0), (after, len(parts))):
-        if count:
-            shape = [*grad.shape]
-            shape[dim] = count
-            parts.insert(at if at == 0 else len(parts), torch.zeros(shape, dtype=grad.dtype))
+    if places.start:
+        parts.insert(0, _zeros_like(grad, dim, places.start))
+    if places.start + len(places) < size:
+        parts.append(_zeros_like(grad, dim, size - places.start - len(places)))
     return torch.cat(parts, dim) if len(parts) > 1 else grad.clone()
+
+
+def _zeros_like(value: Tensor, dim: int, count: int) -> Tensor:
+    """Zeros of the same shape, but for ``count`` along ``dim``."""
+    shape = [*value.shape]
+    shape[dim] = count
+    return torch.zeros(shape, dtype=value.dtype)
 
 
 def select_backward(grad: Tensor, input_sizes: Sequence[int], dim: int, index: int) -> Tensor:

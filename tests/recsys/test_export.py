@@ -121,9 +121,9 @@ class Indexing(ExampleTower):
         dense = inputs["dense"].flatten(1)
         rows = self.table[torch.tensor([0, 3, 3, -1])]
         seen = torch.cat([dense[:, 1:9:3], dense[:, -1:], dense[:, 4][:, None]], dim=1)[:, :4]
-        logits: torch.Tensor = self.out(
-            torch.relu(seen) * rows[:, 1] + rows.sum(dim=1) + functional.gelu(dense[:, :4], approximate="tanh")
-        )
+        parts = self.table[1:, :1].sum() + self.table[::2, 2].sum() * self.table[-1].prod()
+        bent = functional.gelu(dense[:, :4] * parts, approximate="tanh")
+        logits: torch.Tensor = self.out(torch.relu(seen) * rows[:, 0] + rows.sum(dim=1) + bent)
         return logits
 
     def losses(self, slots: Any, inputs: Any, loss: str) -> torch.Tensor:
