@@ -25,14 +25,14 @@ REFERENCE = "torch_loop"
 OTHERS = ("vectorized", "onnx", "mnn")
 
 TOLERANCES: Mapping[str, Mapping[str, float]] = {
-    "step": {"sgd": 1e-5, "momentum": 1e-5, "adagrad": 5e-3, "adam": 5e-3},
-    "visit": {"sgd": 1e-4, "momentum": 1e-4, "adagrad": 2e-2, "adam": 2e-2},
-    "round": {"sgd": 1e-4, "momentum": 1e-4, "adagrad": 5e-3, "adam": 5e-3},
+    "step": {"sgd": 1e-5, "momentum": 1e-5, "adagrad": 1e-4, "adam": 1e-4},
+    "visit": {"sgd": 1e-4, "momentum": 1e-4, "adagrad": 1e-3, "adam": 1e-3},
+    "round": {"sgd": 1e-4, "momentum": 1e-4, "adagrad": 1e-4, "adam": 1e-4},
 }
 """How far two runtimes may be apart, of the value, or absolutely where it is below 1, by the device's optimiser.
 
-Adam and Adagrad divide a gradient by its own size, so where it is nothing but rounding, of which every order of
-summation has its own, a first step may differ by as much as it is long.
+Adam and Adagrad divide a gradient by its own size, so where it is little more than rounding, of which every order of
+summation has its own, a step may differ by a good part of its length.
 """
 
 Array = NDArray[Any]
@@ -68,8 +68,8 @@ class Line:
         return self.absent or ("equal" if self.holds else "beyond its tolerance")
 
 
-SHARES: Mapping[str, float] = {"sgd": 1e-3, "momentum": 1e-3, "adagrad": 2.0, "adam": 2.0}
-"""How far, of the longest move of any number; with Adam the sign of a rounding error may turn a whole move round."""
+SHARES: Mapping[str, float] = {"sgd": 1e-3, "momentum": 1e-3, "adagrad": 5e-2, "adam": 5e-2}
+"""How far, of the longest move of any number. Measured with Adam on ``dssm``: 5e-4 of it."""
 
 
 def parity(recipe: Recipe, registry: Registry) -> Iterator[Line]:
