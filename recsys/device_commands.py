@@ -49,7 +49,7 @@ def export(
     user: str | None,
     candidates: int,
 ) -> None:
-    r"""Write a run's newest model as a bundle that devices train and score with, and verify it against torch.
+    """Write a run's newest model as a bundle that devices train and score with, and verify it against torch.
 
     \b
     Examples:
@@ -85,7 +85,7 @@ def export(
 @click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")
 @pass_registry
 def parity(registry: Registry, recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    r"""Compare every runtime with the plain one: after a step, a visit and a round from the same state.
+    """Compare every runtime with the plain one: after a step, a visit and a round from the same state.
 
     One that is absent, or further off than its tolerance, makes the exit code 1.
 

@@ -6,9 +6,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
+
+NOT_MADE = "not promised here: "
+"""How the reason begins why a promise does not apply; a test that is skipped otherwise counts as broken."""
 
 
 class Promises:
@@ -25,6 +28,13 @@ class Promises:
         make = inspect.getattr_static(type(self), "make")
         # A lambda in a class body would be bound to the test; whoever wrote `make = lambda: ...` did not mean that.
         return make.__func__() if isinstance(make, staticmethod) else make()
+
+
+def not_promised(reason: str) -> NoReturn:
+    """End a test whose promise parts of this sort do not make; :mod:`.verdict` then leaves it out of its count."""
+    import pytest
+
+    pytest.skip(NOT_MADE + reason)
 
 
 def assert_same_bits(one: Any, other: Any, what: str = "result") -> None:

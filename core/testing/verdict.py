@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from xml.etree import ElementTree
 
 from fedtower.core.errors import MissingDependency, PluginError
+from fedtower.core.testing.promises import NOT_MADE
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,12 @@ def judge(claim: Claim, blocked: Iterable[str] = ()) -> list[Verdict]:
 
 
 def _read(result: Path) -> list[Verdict]:
-    """The verdicts in a file of pytest's, in the order in which they were run."""
-    return [_verdict(case) for case in ElementTree.parse(result).iter("testcase")]
+    """The verdicts in a file of pytest's, in the order in which they were run, without promises that do not apply."""
+    return [_verdict(case) for case in ElementTree.parse(result).iter("testcase") if not _does_not_apply(case)]
+
+
+def _does_not_apply(case: ElementTree.Element) -> bool:
+    return any((child.get("message") or "").startswith(NOT_MADE) for child in case if child.tag == "skipped")
 
 
 def _verdict(case: ElementTree.Element) -> Verdict:

@@ -11,11 +11,12 @@ REGISTRY = discover()
 
 HOW_MANY = {
     "aggregator": 1,
-    "command": 9,
-    "dataset": 3,
-    "model": 1,
-    "recipe": 3,
-    "runtime": 1,
+    "command": 11,
+    "dataset": 5,
+    "exporter": 2,
+    "model": 6,
+    "recipe": 8,
+    "runtime": 4,
     "sampler": 2,
     "server_optimizer": 2,
     "tracker": 3,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedtower.core.cli import call
+from fedtower.core.testing.verdict import Claim, Verdict, judge
 
 
 @pytest.fixture
@@ -174,3 +175,13 @@ def test_new_refuses_what_would_not_work(
     assert [path for path in sorted(project.rglob("*")) if "__pycache__" not in path.parts] == [
         path for path in before if "__pycache__" not in path.parts
     ]
+
+
+def test_a_promise_that_does_not_apply_is_not_counted_and_one_that_is_skipped_is_broken() -> None:
+    part = (
+        "type('TestPart', (), {"
+        "'test_kept': lambda self: None,"
+        "'test_of_others': lambda self: __import__('fedtower.core.testing.promises', fromlist=['']).not_promised('no'),"
+        "'test_skipped': lambda self: __import__('pytest').skip('not today')})"
+    )
+    assert judge(Claim("part", part)) == [Verdict("kept", True), Verdict("skipped", False, "not today")]
