@@ -163,7 +163,11 @@ class GivenData:
         seen.reshape(-1)[place] = self.seen[at]
         items.reshape(-1, 5)[place] = chosen
         weight.reshape(-1)[place] = 1.0
-        inputs = {"vector": Lookup(self.vectors, seen), "items": Lookup(self.items, items), "weight": weight}
+        inputs: dict[str, Any] = {
+            "vector": Lookup(self.vectors, seen),
+            "items": Lookup(self.items, items),
+            "weight": weight,
+        }
         return Work(clients, steps, count, inputs)
 
 
