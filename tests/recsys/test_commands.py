@@ -16,6 +16,7 @@ import pytest
 from fedtower.core.cli import call
 from fedtower.core.registry import Registry
 from fedtower.recsys.run import Run
+from fedtower.recsys.tasks import Histories
 
 Options = Callable[..., list[str]]
 Typed = Callable[..., tuple[int, str, str]]
@@ -103,7 +104,9 @@ def test_recommend_lists_what_the_user_has_not_touched(typed: Typed, federated_r
     assert told == [
         {"item": each.item, "title": each.title, "score": each.score} for each in federated_run.recommend("u7", 5)
     ]
-    events = federated_run.trained.setting.population.events(np.array([7]))
+    task = federated_run.trained.setting.task
+    assert isinstance(task, Histories)
+    events = task.population.events(np.array([7]))
     assert not {each["item"] for each in told} & {f"i{item}" for item in events.items}
     code, out, _ = typed("recommend", federated_run.folder, "--user", "u7", "-k", 5)
     assert code == 0
@@ -138,7 +141,8 @@ def test_report_is_one_file_about_the_run(typed: Typed, run_copy: Path) -> None:
     [
         (["recommend", "RUN", "--user", "u60"], 3, "there is no user 'u60': the generated users are u0 to u59"),
         (["recommend", "RUN", "--user", "ann"], 3, "there is no user 'ann'"),
-        (["recommend", "RUN"], 2, "Missing option '--user'; `fedtower recommend --help` shows what there is"),
+        (["recommend", "RUN"], 2, "give a RUN and a --user"),
+        (["recommend", "--user", "u1"], 2, "give a RUN and a --user"),
         (["recommend", "RUN", "--user", "u1", "-k", "0"], 2, "0 is not in the range x>=1"),
         (["evaluate", "RUN", "--protocol", "some"], 2, "'some' is not one of 'sampled', 'full'"),
         (["evaluate", "nowhere"], 5, "nowhere does not exist; a run folder is what `fedtower run` makes"),

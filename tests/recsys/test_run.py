@@ -20,6 +20,7 @@ from fedtower.recsys.evaluation import ItemPop, make_cases, sample_negatives
 from fedtower.recsys.metrics import ranks
 from fedtower.recsys.run import Run
 from fedtower.recsys.runlog import RunLog
+from fedtower.recsys.tasks import Histories
 from fedtower.recsys.training import Setting
 
 
@@ -149,8 +150,15 @@ def test_a_run_without_validation_items_is_judged_at_its_end(run_root: Path, sma
     assert {event["role"] for event in run.summary["evaluations"]} == {"test"}
 
 
+def task_of(run: Run) -> Histories:
+    """The users of a run, their split, and how they are judged."""
+    task = run.trained.setting.task
+    assert isinstance(task, Histories)
+    return task
+
+
 def test_recommendations_are_new_to_the_user_and_in_order(federated_run: Run) -> None:
-    population = federated_run.trained.setting.population
+    population = task_of(federated_run).population
     for client in (0, 7, 59):
         touched = {population.item_name(int(item)) for item in population.events(np.array([client])).items}
         best = federated_run.recommend(population.user_name(client), k=15)
@@ -164,9 +172,9 @@ def test_recommendations_are_new_to_the_user_and_in_order(federated_run: Run) ->
 
 
 def test_recommendations_are_the_best_by_the_models_scores(federated_run: Run) -> None:
-    trained = federated_run.trained
-    events = trained.setting.population.events(np.array([3]))
-    scores = trained.training.scorer("now").score_all(events.clients, events.lengths)[0]
+    task, learned = task_of(federated_run), federated_run.trained.training.learned()
+    events = task.population.events(np.array([3]))
+    scores = task.scorer(learned, "now").score_all(events.clients, events.lengths)[0]
     left = [item for item in np.argsort(-scores, kind="stable").tolist() if item not in set(events.items.tolist())]
     assert [each.item for each in federated_run.recommend("u3", k=5)] == [f"i{item}" for item in left[:5]]
 
@@ -214,13 +222,12 @@ REDUCED = {
 
 def hits_of(run: Run) -> tuple[Any, Any]:
     """Whether each user's test item is among the first ten of a hundred: for the model, and for item popularity."""
-    setting, training = run.trained.setting, run.trained.training
-    everyone = np.arange(setting.population.num_clients)
-    cases = make_cases(setting.population, setting.split, everyone, "test")
-    negatives = sample_negatives(setting.population, cases, 99, setting.draws)
+    task = task_of(run)
+    cases = make_cases(task.population, task.split, np.arange(task.num_clients), "test")
+    negatives = sample_negatives(task.population, cases, 99, task.draws)
     candidates = np.concatenate([cases.targets[:, None], negatives], axis=1)
     hits = []
-    for scorer in (training.scorer("test"), ItemPop.count(setting.population, setting.split)):
+    for scorer in (task.scorer(run.trained.training.learned(), "test"), ItemPop.count(task.population, task.split)):
         scores = scorer.score(cases.clients, cases.cut, candidates)
         hits.append(ranks(scores[:, 0], scores[:, 1:]) < 10)
     return hits[0], hits[1]
