@@ -38,6 +38,7 @@ SMALL = {
     "local.negatives": 20,
     "local.history_length": 20,
     "cohort.size": 12,
+    "runtime.name": "torch_loop",
     "transport.name": "in_process",
     "transport.dropout": 0.1,
     "transforms.0.name": "clip",
@@ -168,9 +169,8 @@ def fork() -> Iterator[Callable[..., Child]]:
             talk_to.flush()
             return json.loads(listen_to.readline())
 
-        def start(*arguments: object, folder: Path, disk: tuple[Path, str, int] | None = None) -> Child:
-            place = None if disk is None else (str(disk[0]), *disk[1:])
-            order = {"arguments": [str(word) for word in arguments], "folder": str(folder), "disk": place}
+        def start(*arguments: object, folder: Path, **more: Any) -> Child:
+            order = {"arguments": [str(word) for word in arguments], "folder": str(folder), **more}
             return Child(ask(order), folder, ask)
 
         yield start

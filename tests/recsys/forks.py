@@ -1,8 +1,9 @@
 """A process that has imported everything, and forks a child for each command line that it is given.
 
-It reads one JSON object a line, ``{"arguments": [...], "folder": ..., "disk": [place, kind, size]}``, and answers with
-the child's process id. The child runs ``fedtower`` with these arguments in that folder, its output in the files ``out``
-and ``err`` there. With ``disk``, the child alone sees another file system at ``place``.
+It reads one JSON object a line, ``{"arguments": [...], "folder": ..., "disk": [place, kind, size], "later": [[size,
+arguments], ...]}``, and answers with the child's process id. The child runs ``fedtower`` with these arguments in that
+folder, its output in the files ``out`` and ``err`` there. With ``disk``, the child alone sees another file system at
+``place``; with ``later``, that one gets another size, other arguments are run, and what is on it is kept in ``kept``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import io
 import json
 import os
+import shutil
 import sys
 import tempfile
 from contextlib import redirect_stdout
@@ -70,6 +72,10 @@ def become(order: dict[str, Any]) -> NoReturn:
         from fedtower.core.cli import call
 
         code = call(order["arguments"])
+        for size, arguments in order.get("later") or []:
+            mount(b"none", order["disk"][0].encode(), None, MS_REMOUNT, f"size={size}".encode())
+            code = call(arguments)
+            shutil.copytree(order["disk"][0], folder / "kept")
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
@@ -78,22 +84,27 @@ def become(order: dict[str, Any]) -> NoReturn:
 
 def own_disk(place: str, kind: str, size: int) -> None:
     """Mount ``tmpfs`` of ``size`` bytes at ``place``, or make what is there ``readonly``, for this process alone."""
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.CDLL(None)
     user, group = os.getuid(), os.getgid()
     if libc.unshare(CLONE_NEWNS) and not libc.unshare(CLONE_NEWNS | CLONE_NEWUSER):
         Path("/proc/self/setgroups").write_text("deny", "utf-8")
         Path("/proc/self/uid_map").write_text(f"0 {user} 1", "utf-8")
         Path("/proc/self/gid_map").write_text(f"0 {group} 1", "utf-8")
     at = place.encode()
-    steps: list[tuple[Any, ...]] = [(b"none", b"/", None, MS_REC | MS_PRIVATE, None)]
+    mount(b"none", b"/", None, MS_REC | MS_PRIVATE)
     if kind == "tmpfs":
-        steps.append((b"tmpfs", at, b"tmpfs", 0, f"size={size}".encode()))
+        mount(b"tmpfs", at, b"tmpfs", 0, f"size={size}".encode())
     else:
-        steps += [(at, at, None, MS_BIND, None), (b"none", at, None, MS_REMOUNT | MS_BIND | MS_RDONLY, None)]
-    for source, target, system, flags, data in steps:
-        if libc.mount(source, target, system, ctypes.c_ulong(flags), data):
-            os.write(2, os.strerror(ctypes.get_errno()).encode())
-            os._exit(NO_DISK)
+        mount(at, at, None, MS_BIND)
+        mount(b"none", at, None, MS_REMOUNT | MS_BIND | MS_RDONLY)
+
+
+def mount(source: bytes, target: bytes, system: bytes | None, flags: int, data: bytes | None = None) -> None:
+    """Mount, or end with the reason."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(source, target, system, ctypes.c_ulong(flags), data):
+        os.write(2, os.strerror(ctypes.get_errno()).encode())
+        os._exit(NO_DISK)
 
 
 if __name__ == "__main__":

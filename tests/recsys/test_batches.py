@@ -17,6 +17,7 @@ from fedtower.core.draws import Draws
 from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.runtime import Work
 from fedtower.core.testing.promises import assert_same_bits
+from fedtower.recsys import batches
 from fedtower.recsys.batches import SequenceData, span_of
 from fedtower.recsys.event_table import EventTable
 from fedtower.recsys.history import TRAIN, Population, make_split
@@ -170,6 +171,14 @@ def test_clients_with_hardly_an_event(population_of: PopulationOf, events: int, 
     work = data.work(Plan(1, {}, LocalSettings(epochs=1, batch_size=3, negatives=3, history_length=4)), np.arange(2))
     expected = {2: 1}.get(events, targets)  # two events are too few to hold anything out
     assert (work.examples[0], work.steps[0], work.examples[1]) == (expected, min(expected, 1), 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1), st.integers(-2, 2)), max_size=30), st.integers(0, 60))
+def test_one_sort_of_words_is_the_sort_by_several_arrays(rows: list[tuple[int, int, int]], shift: int) -> None:
+    # Few values far apart, or beside each other: where their leading bits are the same all bits decide.
+    owner, stretch, key = np.array(sorted(rows, key=lambda row: row[:2]), dtype=np.int64).reshape(-1, 3).T
+    key = key << shift
+    assert batches._by_key_in_runs(key, owner, stretch).tolist() == np.lexsort((key, stretch, owner)).tolist()
 
 
 def test_what_is_left_over_of_a_stretch_waits_for_the_full_batches(population_of: PopulationOf) -> None:

@@ -141,11 +141,8 @@ def test_report_is_one_file_about_the_run(typed: Typed, run_copy: Path) -> None:
     [
         (["recommend", "RUN", "--user", "u60"], 3, "there is no user 'u60': the generated users are u0 to u59"),
         (["recommend", "RUN", "--user", "ann"], 3, "there is no user 'ann'"),
-        (
-            ["recommend", "RUN"],
-            2,
-            "give a RUN and a --user, or a --bundle and a --request; `fedtower recommend --help` shows what there is",
-        ),
+        (["recommend", "RUN"], 2, "give a RUN and a --user"),
+        (["recommend", "--user", "u1"], 2, "give a RUN and a --user"),
         (["recommend", "RUN", "--user", "u1", "-k", "0"], 2, "0 is not in the range x>=1"),
         (["evaluate", "RUN", "--protocol", "some"], 2, "'some' is not one of 'sampled', 'full'"),
         (["evaluate", "nowhere"], 5, "nowhere does not exist; a run folder is what `fedtower run` makes"),

@@ -157,6 +157,13 @@ def test_a_run_without_validation_items_is_judged_at_its_end(run_root: Path, sma
     assert {event["role"] for event in run.summary["evaluations"]} == {"test"}
 
 
+def task_of(run: Run) -> Histories:
+    """The users of a run, their split, and how they are judged."""
+    task = run.trained.setting.task
+    assert isinstance(task, Histories)
+    return task
+
+
 def test_recommendations_are_new_to_the_user_and_in_order(federated_run: Run) -> None:
     population = task_of(federated_run).population
     for client in (0, 7, 59):
@@ -222,13 +229,12 @@ REDUCED = {
 
 def hits_of(run: Run) -> tuple[Any, Any]:
     """Whether each user's test item is among the first ten of a hundred: for the model, and for item popularity."""
-    task, learned = task_of(run), run.trained.training.learned()
-    everyone = np.arange(task.num_clients)
-    cases = make_cases(task.population, task.split, everyone, "test")
+    task = task_of(run)
+    cases = make_cases(task.population, task.split, np.arange(task.num_clients), "test")
     negatives = sample_negatives(task.population, cases, 99, task.draws)
     candidates = np.concatenate([cases.targets[:, None], negatives], axis=1)
     hits = []
-    for scorer in (task.scorer(learned, "test"), ItemPop.count(task.population, task.split)):
+    for scorer in (task.scorer(run.trained.training.learned(), "test"), ItemPop.count(task.population, task.split)):
         scores = scorer.score(cases.clients, cases.cut, candidates)
         hits.append(ranks(scores[:, 0], scores[:, 1:]) < 10)
     return hits[0], hits[1]
