@@ -157,13 +157,6 @@ def test_a_run_without_validation_items_is_judged_at_its_end(run_root: Path, sma
     assert {event["role"] for event in run.summary["evaluations"]} == {"test"}
 
 
-def task_of(run: Run) -> Histories:
-    """The users of a run, their split, and how they are judged."""
-    task = run.trained.setting.task
-    assert isinstance(task, Histories)
-    return task
-
-
 def test_recommendations_are_new_to_the_user_and_in_order(federated_run: Run) -> None:
     population = task_of(federated_run).population
     for client in (0, 7, 59):
