@@ -180,7 +180,7 @@ def mutate(folder: Path, seed: int) -> str:
         data = data[: int(draws.integers(len(data), "length"))]
     else:
         for at in range(1 + int(draws.integers(8, "count"))):
-            data[int(draws.integers(len(data), "place", at))] = int(draws.integers(256, "byte", at))
+            data[int(draws.integers(len(data), "place", at))] ^= 1 + int(draws.integers(255, "byte", at))
     (folder / name).write_bytes(data)
     if seed % 4 == 0 and name != MANIFEST:
         settle(folder, name)
