@@ -116,10 +116,13 @@ LIBRARIES = (
     Library("pyarrow", "pyarrow", "Parquet files", "cloud"),
     Library("tensorboard", "tensorboard", "the tensorboard tracker", "trackers"),
     Library("mlflow-skinny", "mlflow", "the mlflow tracker", "trackers"),
-    Library("onnx", "onnx", "nothing yet (export to devices)", "cloud"),
+    Library("onnx", "onnx", "export to devices", "cloud"),
+    Library("onnxscript", "onnxscript", "export to devices", "cloud"),
+    Library("onnxruntime", "onnxruntime", "the onnx runtime", "cloud"),
+    Library("safetensors", "safetensors", "bundles for devices", "cloud"),
     Library("faiss-cpu", "faiss", "nothing yet (search in large catalogues)", "cloud"),
     Library("grpcio", "grpc", "nothing yet (clients over a network)", "device"),
-    Library("MNN", "MNN", "nothing yet (training on devices)", "device"),
+    Library("MNN", "MNN", "the mnn runtime: training on devices", "device"),
     Library("cryptography", "cryptography", "nothing yet (signed artefacts)", "device"),
 )
 
@@ -131,6 +134,8 @@ FEATURES = (
     Feature('device = "cuda"', (*TRAINING, "CUDA")),
     Feature("the tensorboard tracker", ("torch", "tensorboard")),
     Feature("the mlflow tracker", ("mlflow-skinny",)),
+    Feature("export to devices, and the onnx runtime", (*TRAINING, "onnx", "onnxscript", "onnxruntime", "safetensors")),
+    Feature("the mnn runtime", (*TRAINING, "onnx", "onnxscript", "MNN", "safetensors")),
 )
 
 
