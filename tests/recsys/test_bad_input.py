@@ -174,6 +174,21 @@ def test_a_user_who_touched_everything_is_refused_with_a_way_out(run_root: Path,
     assert "leave such clients out of the data, or use a larger catalogue" in told
 
 
+@pytest.mark.parametrize(
+    ("mode", "code", "said"),
+    [
+        ("simulated", 8, "are too large to sum exactly"),
+        ("standalone", 9, "the training has most likely diverged: lower the learning rates, or add the transform clip"),
+    ],
+)
+def test_a_training_that_diverges_is_stopped_with_what_to_do(
+    run_root: Path, refused: Refused, options: Options, mode: str, code: int, said: str
+) -> None:
+    wild = {"mode": mode, "local.lr": 1e30, "standalone.lr": 1e30, "standalone.row_lr": 1e30, "transforms": []}
+    words = [word for word in options(wild) if "transforms.0" not in word]
+    assert said in refused(code, "run", "dssm-synthetic", *words)
+
+
 @pytest.mark.parametrize("words", [["resume"], ["evaluate"], ["recommend", "--user", "u1"]])
 @pytest.mark.parametrize("how", ["cut", "altered", "gone", "manifest"])
 def test_a_damaged_checkpoint_is_refused_with_the_one_before_it(

@@ -88,6 +88,14 @@ def test_a_run_that_a_plugin_stopped_ends_as_if_it_had_not(
     assert_same_end(stopped.folder, straight.folder)
 
 
+def test_the_vectorised_runtime_goes_on_with_the_same_bits_too(tmp_path: Path, small: Mapping[str, Any]) -> None:
+    settings = {**small, "runtime.name": "vectorized", "runtime.compile": False, "rounds": 4}
+    straight = fedtower.run("dssm-synthetic", settings, runs=tmp_path)
+    stopped = fedtower.run("dssm-synthetic", settings, runs=tmp_path, observers=[StopAfter(3)])
+    fedtower.resume(stopped.folder)
+    assert_same_end(stopped.folder, straight.folder)
+
+
 def test_a_run_can_go_on_from_an_older_checkpoint(tmp_path: Path, small: Mapping[str, Any], federated_run: Run) -> None:
     run = fedtower.run("dssm-synthetic", {**small, "checkpoint.keep": 9}, runs=tmp_path)
     assert list_checkpoints(run.folder / "checkpoints") == [2, 4, 6]
