@@ -21,7 +21,7 @@ from fedtower.recsys.losses import in_batch_softmax
 from fedtower.recsys.models import SequenceTower, array
 from fedtower.recsys.step import Tensors, pure
 from fedtower.recsys.tables import optimizer_arrays, restore_optimizer
-from fedtower.recsys.training import Arrays, Setting, assemble
+from fedtower.recsys.training import Arrays, Setting, assemble, shared_parameters
 
 IntArray = NDArray[np.int64]
 
@@ -167,9 +167,10 @@ class Standalone:
         """Continue from a snapshot."""
         self._epoch = int(arrays["round"].item())
         self._model.restore(arrays)
+        held = shared_parameters(arrays, {name: array(value) for name, value in self._shared.items()})
         with torch.no_grad():
             for name, value in self._shared.items():
-                value.copy_(torch.from_numpy(np.array(arrays[f"parameters/{name}"])))
+                value.copy_(torch.from_numpy(held[name]))
         restore_optimizer(self._adam, grouped(arrays, "adam"))
 
 

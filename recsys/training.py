@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedtower.core.checkpoint import grouped
 from fedtower.core.client import ClientSide, Preparing
 from fedtower.core.draws import Draws
-from fedtower.core.errors import RecipeError
+from fedtower.core.errors import CheckpointError, RecipeError
 from fedtower.core.hooks import Hooks
 from fedtower.core.recipe import Recipe
 from fedtower.core.registry import Registry
@@ -68,6 +68,7 @@ class Assembled:
     declared: Declared
     tables: CloudTables | None
     store: ClientStore
+    num_clients: int
 
     def learned(self, parameters: Mapping[str, FloatArray]) -> Learned:
         """The model with these shared parameters."""
@@ -82,7 +83,14 @@ class Assembled:
         """Continue from a snapshot."""
         if self.tables is not None:
             self.tables.restore(grouped(arrays, "tables"))
-        self.store.restore(grouped(arrays, "clients"))
+        kept = grouped(arrays, "clients")
+        newest = max((int(ids.max(initial=-1)) for name, ids in kept.items() if name.endswith(".clients")), default=-1)
+        if newest >= self.num_clients:
+            raise CheckpointError(
+                f"the checkpoint holds what client {newest} keeps, but the data has {self.num_clients} clients; bring "
+                f"back the data that the run was started with"
+            )
+        self.store.restore(kept)
 
 
 def assemble(setting: Setting, *, row_lr: float | None = None, tower_lr: float | None = None) -> Assembled:
@@ -108,7 +116,7 @@ def assemble(setting: Setting, *, row_lr: float | None = None, tower_lr: float |
     store = ClientStore(task.num_clients)
     for name, value in declared.device_parameters().items():
         store.declare(name, value)
-    return Assembled(declared, tables, store)
+    return Assembled(declared, tables, store, task.num_clients)
 
 
 class Federated:
@@ -181,13 +189,28 @@ class Federated:
         self._state = replace(
             self._state,
             round=int(arrays["round"].item()),
-            parameters={
-                name: np.asarray(value, dtype=np.float32) for name, value in grouped(arrays, "parameters").items()
-            },
+            parameters=shared_parameters(arrays, self._state.parameters),
             optimizer=grouped(arrays, "optimizer"),
             aggregator=grouped(arrays, "aggregator"),
             generation=0 if self._model.tables is None else self._model.tables.generation,
         )
+
+
+def shared_parameters(arrays: Arrays, like: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+    """The shared parameters of a snapshot.
+
+    Raises:
+        CheckpointError: they are not those of this model, whose own are ``like``.
+    """
+    held = grouped(arrays, "parameters")
+    for name in sorted({*held, *like}):
+        there, here = (parameters[name].shape if name in parameters else None for parameters in (held, like))
+        if there != here:
+            raise CheckpointError(
+                f"the checkpoint's parameter {name!r} has shape {there}, but this model's has {here}; was it written "
+                f"by another recipe?"
+            )
+    return {name: np.array(value, dtype=np.float32) for name, value in held.items()}
 
 
 def under(group: str, arrays: Arrays) -> dict[str, NDArray[Any]]:

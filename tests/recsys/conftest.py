@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fedtower
 from fedtower.core.draws import Draws
@@ -50,6 +51,12 @@ SMALL = {
     "checkpoint.every": 2,
 }
 """What makes ``dssm-synthetic`` a matter of a second, with the per-user vector, clients that vanish, and clipping."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tests run in as many processes as there are cores, so each has one."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

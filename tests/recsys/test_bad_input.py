@@ -227,11 +227,24 @@ def test_the_only_checkpoint_damaged_leaves_the_beginning(run_copy: Path, refuse
     assert "There is no older one here: start the run again" in refused(5, "resume", run_copy)
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(run_copy: Path, refused: Refused) -> None:
-    recipe = run_copy / "recipe.toml"
-    recipe.write_text(recipe.read_text("utf-8").replace("dim = 8", "dim = 12"), "utf-8")
-    told = refused(5, "resume", run_copy)
-    assert "has shape (200, 8), but this model has (200, 12); was it written by another recipe?" in told
+@pytest.mark.parametrize("mode", ["federated", "standalone"])
+@pytest.mark.parametrize(
+    ("was", "becomes", "said"),
+    [
+        ("dim = 8", "dim = 12", "'table/item' has shape (200, 8), but this model has (200, 12)"),
+        ("hidden = 16", "hidden = 24", "'first.bias' has shape (16,), but this model's has (24,)"),
+        ("users = 60", "users = 40", "but the data has 40 clients; bring back the data that the run was started with"),
+    ],
+)
+def test_a_checkpoint_of_another_recipe_is_refused(
+    tmp_path: Path, request: pytest.FixtureRequest, refused: Refused, mode: str, was: str, becomes: str, said: str
+) -> None:
+    run = Path(shutil.copytree(request.getfixturevalue(f"{mode}_run").folder, tmp_path / "run"))
+    recipe = run / "recipe.toml"
+    text = recipe.read_text("utf-8")
+    assert text.count(was) == 1
+    recipe.write_text(text.replace(was, becomes), "utf-8")
+    assert said in refused(5, "resume", run)
 
 
 @pytest.mark.parametrize("file", ["recipe.toml", "log.jsonl"])

@@ -198,12 +198,11 @@ def test_deployed_is_refused_with_what_there_is(run_root: Path) -> None:
 
 def test_the_readmes_example_runs_as_written(run_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
-    (example,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "fedtower.run(" in block]
-    assert len(example.strip().splitlines()) <= 10
-    exec(compile(example, "README.md", "exec"), {})
-    said = capsys.readouterr().out
-    assert "dssm-synthetic-1" in said
-    assert len(list((run_root / "runs").iterdir())) == 2
+    examples = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "fedtower.run(" in block]
+    assert len(examples[0].strip().splitlines()) <= 10
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {})
+    assert str(next((run_root / "runs").iterdir()).name) in capsys.readouterr().out
 
 
 REDUCED = {
@@ -249,7 +248,7 @@ def test_where_there_is_taste_the_model_finds_it(tmp_path: Path) -> None:
 
 def test_where_there_is_no_taste_the_same_recipe_gains_nothing(tmp_path: Path) -> None:
     _, gain, error = gain_of(fedtower.run("dssm-synthetic", {**REDUCED, "data.taste": 0.0}, runs=tmp_path))
-    assert gain < 2 * error
+    assert gain < 2 * error  # which chance alone would break once in forty seeds, and this is one seed
     assert error < 0.02  # so that what the test above finds could not hide here
 
 
