@@ -178,7 +178,10 @@ def as_known(error: Exception) -> FedtowerError | None:
 def say(paragraph: str) -> None:
     """Print a paragraph on stderr, wrapped at the width of the terminal."""
     width = shutil.get_terminal_size().columns
-    click.echo(textwrap.fill(paragraph, width, break_long_words=False, break_on_hyphens=False), err=True)
+    # A long path that comes first stays on the line of "error:", whatever the width.
+    glued = paragraph.replace(": ", ":\xa0", 1)
+    filled = textwrap.fill(glued, width, break_long_words=False, break_on_hyphens=False)
+    click.echo(filled.replace(":\xa0", ": ", 1), err=True)
 
 
 def _interrupted(stop: click.Abort) -> int:
