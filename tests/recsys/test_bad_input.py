@@ -28,6 +28,7 @@ Options = Callable[..., list[str]]
 Refused = Callable[..., str]
 
 DRAWS = Draws(4)
+WIDTH = shutil.get_terminal_size().columns
 NO_DISK = 77  # of forks.py
 
 
@@ -51,7 +52,7 @@ def paragraph(err: str, out: str = "") -> str:
     assert 'File "' not in err
     assert err.startswith("error: ")
     assert "\n\n" not in err.strip()
-    assert all(len(line) <= 80 or " " not in line for line in err.splitlines())
+    assert all(len(line) <= WIDTH or " " not in line for line in err.splitlines())
     assert "bug" not in err
     return " ".join(err.split())
 

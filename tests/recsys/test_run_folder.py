@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +45,8 @@ def test_a_name_that_is_no_folders_is_refused(tmp_path: Path, recipe: Recipe, re
 def test_processes_that_begin_at_once_get_folders_of_their_own(tmp_path: Path, recipe: Recipe) -> None:
     # A fork has the recipe and needs no registry: the folder's name is all that is looked at.
     context = multiprocessing.get_context("fork")
-    makers = [context.Process(target=_make, args=(recipe, tmp_path, place)) for place in range(6)]
+    start = context.Barrier(6)
+    makers = [context.Process(target=_make, args=(recipe, tmp_path, place, start)) for place in range(6)]
     for maker in makers:
         maker.start()
     for maker in makers:
@@ -54,7 +56,8 @@ def test_processes_that_begin_at_once_get_folders_of_their_own(tmp_path: Path, r
     assert sorted(told) == [f"dssm-synthetic-{n}" for n in range(1, 7)]
 
 
-def _make(recipe: Recipe, runs: Path, place: int) -> None:
+def _make(recipe: Recipe, runs: Path, place: int, start: Any) -> None:
+    start.wait()
     made = RunFolder.create(recipe, Registry(), runs)
     (runs / f"told-{place}").write_text(made.path.name, "utf-8")
 
@@ -113,9 +116,13 @@ def test_a_recipe_that_cannot_be_read_is_named(
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, recipe: Recipe, registry: Registry) -> None:
     folder = RunFolder.create(recipe, registry, tmp_path)
     folder.write("summary.json", {"rounds": 1})
-    unwritable: Any = {"rounds": object()}
-    with pytest.raises(TypeError):
-        folder.write("summary.json", unwritable)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # no file may grow beyond 100 bytes
+        with pytest.raises(OSError, match="File too large"):
+            folder.write("summary.json", {"rounds": "1" * 1000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert json.loads((folder.path / "summary.json").read_text("utf-8")) == {"rounds": 1}
 
 
