@@ -52,7 +52,7 @@ def paragraph(err: str, out: str = "") -> str:
     assert 'File "' not in err
     assert err.startswith("error: ")
     assert "\n\n" not in err.strip()
-    assert all(len(line) <= WIDTH or " " not in line for line in err.splitlines())
+    assert all(len(line) <= WIDTH or " " not in line for line in err.removeprefix("error: ").splitlines())
     assert "bug" not in err
     return " ".join(err.split())
 
