@@ -229,7 +229,7 @@ def test_the_table_at_the_end_of_a_run_has_the_datas_own_figures(
     assert call(["run", str(folder / "recipe.toml"), *words, "--runs", str(folder.parent)]) == 0
     shown = capsys.readouterr().out
     heading = next(line for line in shown.splitlines() if "protocol" in line)
-    assert [cell for cell in heading.replace("┃", " ").split()] == ["protocol", "model", "AUC", "logloss"]
+    assert heading.replace("┃", " ").split() == ["protocol", "model", "AUC", "logloss"]
     assert "HR@10" not in shown
 
 
