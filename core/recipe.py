@@ -37,7 +37,7 @@ class DataSection:
     """Which data set, and how it is split into training, validation and test."""
 
     part: Part = field(metadata={"part": "name"})
-    split: Literal["leave_one_out", "leave_two_out", "time", "random", "ncf"] = field(
+    split: Literal["leave_one_out", "leave_two_out", "time", "random", "ncf", "given"] = field(
         default="leave_one_out", metadata={"help": "what is held out of every user's events"}
     )
     validation: bool = field(

@@ -1,4 +1,4 @@
-"""``fedtower data``: what a data set holds, and how to get one that is published elsewhere."""
+"""``fedtower data``: what a data set holds, how to get one that is published elsewhere, and one file a client of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
@@ -22,9 +23,11 @@ from fedtower.core.recipe import load_recipe
 from fedtower.core.registry import Registry
 from fedtower.core.settings import Part, build, build_part
 from fedtower.recsys.archive import Archive, cache_folder, fetch
-from fedtower.recsys.examples import ExampleCard, ExampleDataset
+from fedtower.recsys.examples import ExampleCard, ExampleDataset, ExampleSet
 from fedtower.recsys.population import DataCard, Dataset
-from fedtower.recsys.units import in_count, in_percent
+from fedtower.recsys.shards import write_shards
+from fedtower.recsys.splits import make_split
+from fedtower.recsys.units import in_bytes, in_count, in_percent
 
 _OVERRIDE = click.option(
     "-o",
@@ -46,7 +49,7 @@ class _DataOnly:
 
 @click.group()
 def data() -> None:
-    """Show what a data set holds, or download one from its official site."""
+    """Show what a data set holds, download one from its official site, or write one file a client."""
 
 
 @data.command()
@@ -99,6 +102,41 @@ def fetch_command(
     console.print(f"downloading {archive.file} from {site or archive.site}")
     folder = _fetch(archive, site, console)
     console.print(f"{archive.folder} is in {folder}\nNext: fedtower data card {name}" + _again(part))
+
+
+@data.command()
+@click.argument("name", metavar="RECIPE")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("-n", "count", type=click.IntRange(min=1), help="So many clients, chosen by the seed; default: all.")
+@_OVERRIDE
+@pass_registry
+def shard(registry: Registry, name: str, folder: Path, count: int | None, overrides: Sequence[str]) -> None:
+    """Write one file a client, for the devices of a deployed federation to hold.
+
+    For example: fedtower data shard dssm-ml-100k shards -n 20
+    """
+    recipe = load_recipe(name, overrides, registry)
+    draws = Draws(recipe.seed)
+    notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    dataset: Dataset | ExampleDataset = registry.make("dataset", recipe.data.part, path="data")
+    found = dataset.load(draws=draws, progress=lambda text: notes.print(text, style="dim"))
+    if count is not None and count > found.num_clients:
+        raise RecipeError(f"-n {count} is more than the {found.num_clients} clients that this data has")
+    clients = np.sort(draws.permutation(found.num_clients, "shards")[:count])
+    split = None
+    if not isinstance(found, ExampleSet):
+        settings = recipe.data
+        split = make_split(
+            settings.split, found, validation=settings.validation, test_fraction=settings.test_fraction, draws=draws
+        )
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, console=notes, disable=not notes.is_terminal) as progress:
+        task = progress.add_task("shards", total=len(clients))
+        write_shards(folder, found, split, clients, lambda done: progress.update(task, completed=done))
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{len(clients):,} clients in {folder}, {in_bytes(size)}: client-000000.safetensors and so on")
+    console.print(f"Next: fedtower run {name} -o data.name=shards -o data.path={folder}")
 
 
 def card_table(found: DataCard | ExampleCard) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +18,21 @@ RoleArray = NDArray[np.int8]
 TRAIN, VALIDATION, TEST = 0, 1, 2
 """The roles of an event."""
 
-SplitKind = Literal["leave_one_out", "leave_two_out", "time", "random", "ncf"]
-SPLITS: tuple[SplitKind, ...] = ("leave_one_out", "leave_two_out", "time", "random", "ncf")
+SplitKind = Literal["leave_one_out", "leave_two_out", "time", "random", "ncf", "given"]
+SPLITS: tuple[SplitKind, ...] = ("leave_one_out", "leave_two_out", "time", "random", "ncf", "given")
 
 # A time split of a million generated clients asks this many of them where its quantile lies: the standard error of a
 # quantile over so many clients is far below a day in a year.
 _QUANTILE_CLIENTS = 20_000
+
+
+@runtime_checkable
+class Assigned(Protocol):
+    """A population whose events came with their roles."""
+
+    def roles(self, clients: NDArray[np.int64]) -> RoleArray:
+        """The role of every event of these clients, (E,)."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +78,8 @@ class Split:
             return np.where(events.lengths[events.owners] >= self.min_events, role, np.int8(TRAIN))
         if self.kind == "ncf":
             return self._as_given(events)
+        if self.kind == "given":
+            return _assigned(self.population).roles(events.clients)
         return _last_of_each(events, self.validation, self.min_events)
 
     @staticmethod
@@ -116,6 +127,7 @@ def make_split(
       same share before them is validation.
     * ``random``: each event is test with probability ``test_fraction``, and validation with the same.
     * ``ncf``: the test item is the one that came with the data; with ``validation`` the newest other one is validation.
+    * ``given``: every event's role came with the data (``shards``).
 
     A client with fewer than ``min_events`` events keeps them all in training and has no test case: by default as many
     as are held out, and one more. (Not by time, where keeping later events in training would be a leak.)
@@ -137,6 +149,8 @@ def make_split(
         edges = _time_edges(population, test_fraction * (1 + validation), test_fraction, draws)
     if kind == "ncf" and population.held_out(np.zeros(0, dtype=np.int64)) is None:
         raise _no_given_split(population)
+    if kind == "given":
+        _assigned(population)
     # One training event is enough where nothing has to come first.
     least = 2 + (validation and kind != "random") if min_events is None else min_events
     return Split(kind, validation, test_fraction, draws, least, population, edges)
@@ -191,6 +205,15 @@ def _time_edges(population: Population, held: float, test: float, draws: Draws) 
     # An edge is a time that occurs: events in the same second are on the same side of it.
     edges = np.quantile(times, [1 - held, 1 - test], method="higher")
     return float(edges[0]), float(edges[1])
+
+
+def _assigned(population: Population) -> Assigned:
+    if not isinstance(population, Assigned):
+        raise DataError(
+            f"data.split = 'given' needs data whose events came with their roles, which shards are, and "
+            f"{population.card.name!r} is not; use 'leave_one_out'"
+        )
+    return population
 
 
 def _no_given_split(population: Population) -> DataError:

@@ -12,7 +12,7 @@ REGISTRY = discover()
 HOW_MANY = {
     "aggregator": 1,
     "command": 11,
-    "dataset": 5,
+    "dataset": 6,
     "exporter": 2,
     "model": 6,
     "recipe": 8,
