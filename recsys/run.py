@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fedtower.core.checkpoint import read_checkpoint, write_checkpoint
+from fedtower.core.checkpoint import read_attachments, read_checkpoint, write_checkpoint
 from fedtower.core.draws import Draws
 from fedtower.core.errors import RecipeError
 from fedtower.core.hooks import Hooks
@@ -138,7 +138,7 @@ def load(
     check(recipe, registry)
     setting = _setting(recipe, registry, Hooks.none(), progress)
     training = _training(setting)
-    training.restore(read_checkpoint(place.checkpoints, place.latest_round()))
+    _restore(training, place, place.latest_round())
     return Trained(setting, training)
 
 
@@ -194,7 +194,7 @@ def _train(
     judge_every, save_every = _pace(recipe, recipe.evaluation.every), _pace(recipe, recipe.checkpoint.every)
     last = saved = 0
     if start is not None:
-        training.restore(read_checkpoint(folder.checkpoints, start))
+        _restore(training, folder, start)
         hooks.observe("run_resumed", round=start)
         last = saved = start
     try:
@@ -231,9 +231,16 @@ def _is_due(round: int, every: int) -> bool:
 
 
 def _save(training: Training, folder: RunFolder, round: int, recipe: Recipe, hooks: Hooks) -> int:
-    path = write_checkpoint(folder.checkpoints, round, training.snapshot(), recipe.checkpoint.keep)
+    state, attachments = training.snapshot(), training.attachments()
+    path = write_checkpoint(folder.checkpoints, round, state, recipe.checkpoint.keep, attachments)
     hooks.observe("checkpoint_written", round=round, path=path)
     return round
+
+
+def _restore(training: Training, folder: RunFolder, round: int) -> None:
+    """Bring a training to where it was after ``round``; what is damaged is refused before anything is changed."""
+    state = read_checkpoint(folder.checkpoints, round)
+    training.restore(state, read_attachments(folder.checkpoints, round))
 
 
 def _setting(recipe: Recipe, registry: Registry, hooks: Hooks, progress: Callable[[str], None]) -> Setting:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import vmap
 
-from fedtower.core.checkpoint import grouped
+from fedtower.core.checkpoint import Attachments, grouped
 from fedtower.core.errors import RecipeError
 from fedtower.core.round import RoundReport, stopped
 from fedtower.core.runtime import Work
@@ -21,7 +21,7 @@ from fedtower.recsys.losses import in_batch_softmax
 from fedtower.recsys.models import SequenceTower, array
 from fedtower.recsys.step import Tensors, pure
 from fedtower.recsys.tables import optimizer_arrays, restore_optimizer
-from fedtower.recsys.training import Arrays, Setting, assemble, shared_parameters
+from fedtower.recsys.training import NOTHING, Arrays, Attached, Setting, assemble, shared_parameters
 
 IntArray = NDArray[np.int64]
 
@@ -163,10 +163,14 @@ class Standalone:
         arrays |= {f"adam/{name}": value for name, value in optimizer_arrays(self._adam).items()}
         return arrays
 
-    def restore(self, arrays: Arrays) -> None:
-        """Continue from a snapshot."""
+    def attachments(self) -> Attachments:
+        """What the tables and the clients write themselves."""
+        return self._model.attachments()
+
+    def restore(self, arrays: Arrays, attached: Attached = NOTHING) -> None:
+        """Continue from a snapshot and what was attached to it."""
         self._epoch = int(arrays["round"].item())
-        self._model.restore(arrays)
+        self._model.restore(arrays, attached)
         held = shared_parameters(arrays, {name: array(value) for name, value in self._shared.items()})
         with torch.no_grad():
             for name, value in self._shared.items():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedtower.core.checkpoint import grouped
+from fedtower.core.checkpoint import Attachments, grouped
 from fedtower.core.client import ClientSide, Preparing
 from fedtower.core.draws import Draws
 from fedtower.core.errors import CheckpointError, RecipeError
@@ -27,6 +29,8 @@ from fedtower.recsys.tasks import Task
 
 FloatArray = NDArray[np.float32]
 Arrays = Mapping[str, NDArray[Any]]
+Attached = Mapping[str, Path]  # the folder that each attachment wrote
+NOTHING: Attached = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,12 @@ class Training(Protocol):
         """Everything that a later :meth:`restore` needs to continue bit for bit."""
         ...
 
-    def restore(self, arrays: Arrays) -> None:
-        """Continue from a snapshot."""
+    def attachments(self) -> Attachments:
+        """What writes files of its own into a checkpoint, besides the arrays of the snapshot."""
+        ...
+
+    def restore(self, arrays: Arrays, attached: Attached = NOTHING) -> None:
+        """Continue from a snapshot and what was attached to it."""
         ...
 
 
@@ -79,8 +87,12 @@ class Assembled:
         tables = {} if self.tables is None else self.tables.snapshot()
         return {**under("tables", tables), **under("clients", self.store.snapshot())}
 
-    def restore(self, arrays: Arrays) -> None:
-        """Continue from a snapshot."""
+    def attachments(self) -> Attachments:
+        """What writes files of its own into a checkpoint."""
+        return {}
+
+    def restore(self, arrays: Arrays, attached: Attached) -> None:
+        """Continue from a snapshot and what was attached to it."""
         if self.tables is not None:
             self.tables.restore(grouped(arrays, "tables"))
         kept = grouped(arrays, "clients")
@@ -183,9 +195,13 @@ class Federated:
             **self._model.snapshot(),
         }
 
-    def restore(self, arrays: Arrays) -> None:
-        """Continue from a snapshot."""
-        self._model.restore(arrays)
+    def attachments(self) -> Attachments:
+        """What the tables and the clients write themselves."""
+        return self._model.attachments()
+
+    def restore(self, arrays: Arrays, attached: Attached = NOTHING) -> None:
+        """Continue from a snapshot and what was attached to it."""
+        self._model.restore(arrays, attached)
         self._state = replace(
             self._state,
             round=int(arrays["round"].item()),

@@ -21,8 +21,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 from numpy.typing import NDArray
 
-from fedtower.core.checkpoint import grouped, list_checkpoints, read_checkpoint, storage_errors, write_checkpoint
+from fedtower.core.checkpoint import (
+    attachment,
+    earlier_attachments,
+    grouped,
+    list_checkpoints,
+    read_attachments,
+    read_checkpoint,
+    storage_errors,
+    write_checkpoint,
+)
 from fedtower.core.errors import CheckpointError, StorageError
+from fedtower.core.manifest import write_manifest
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -43,11 +53,25 @@ def state(value: float) -> dict[str, NDArray[Any]]:
     }
 
 
+def attached(value: float) -> dict[str, Callable[[Path], None]]:
+    """An attachment of two files, one of them nested, that say ``value``."""
+
+    def write(place: Path) -> None:
+        (place / "inner").mkdir()
+        for file in ("first", "inner/second"):
+            (place / file).write_text(str(value))
+
+    return {"shards": write}
+
+
 def value_of(folder: Path, round: int) -> float:
-    """What a readable checkpoint says, all of whose entries agree."""
+    """What a readable checkpoint says, all of whose entries and attached files agree."""
     arrays = read_checkpoint(folder, round)
     assert set(arrays) == set(state(0))
-    (value,) = {float(number) for array in arrays.values() for number in array.ravel()}
+    said = {float(number) for array in arrays.values() for number in array.ravel()}
+    for place in read_attachments(folder, round).values():
+        said |= {float((place / file).read_text()) for file in ("first", "inner/second")}
+    (value,) = said
     return value
 
 
@@ -151,6 +175,11 @@ ARRAYS = {"parameters/w": np.full((2, 3), 100, dtype=np.float32), "optimizer/ste
           "tables/none": np.zeros((0, 4))}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
+def attached(place):
+    (place / "inner").mkdir()
+    for file in ("first", "inner/second"):
+        (place / file).write_text("100")
+
 def write(folder, round, keep, mode, spared):
     seen = 0
     def at(event, arguments):
@@ -165,7 +194,7 @@ def write(folder, round, keep, mode, spared):
             raise OSError(errno.ENOSPC, "no space left on device")
     sys.addaudithook(at)
     try:
-        write_checkpoint(folder, round, ARRAYS, keep)
+        write_checkpoint(folder, round, ARRAYS, keep, {"shards": attached})
     except StorageError:
         return 6
     return 0
@@ -197,13 +226,13 @@ def nothing(folder: Path) -> None:
 
 def one(folder: Path) -> None:
     """Round 1."""
-    write_checkpoint(folder, 1, state(1), keep=9)
+    write_checkpoint(folder, 1, state(1), keep=9, attachments=attached(1))
 
 
 def two(folder: Path) -> None:
     """Rounds 1 and 2."""
     one(folder)
-    write_checkpoint(folder, 2, state(2), keep=9)
+    write_checkpoint(folder, 2, state(2), keep=9, attachments=attached(2))
 
 
 def left_by_a_kill(folder: Path) -> None:
@@ -303,7 +332,7 @@ def folder(memory: Path) -> Path:
     return memory
 
 
-@pytest.mark.parametrize("file", ["0000.npy", "0001.npy", "0002.npy", "manifest.json"])
+@pytest.mark.parametrize("file", ["0000.npy", "0001.npy", "0002.npy", "manifest.json", "manifest.sha256"])
 @pytest.mark.parametrize("left", ["half", "nothing", "missing"])
 def test_a_cut_file_is_refused_and_the_older_one_is_named(folder: Path, file: str, left: str) -> None:
     path = folder / "000020" / file
@@ -341,12 +370,25 @@ def test_no_altered_byte_goes_unnoticed(data: st.DataObject) -> None:
             read_checkpoint(Path(place), 1)
 
 
+@law
+@given(st.data())
+def test_no_altered_byte_of_the_manifest_goes_unnoticed(data: st.DataObject) -> None:
+    with TemporaryDirectory(dir=MEMORY) as place:
+        write_checkpoint(Path(place), 1, state(1), keep=1)
+        path = Path(place) / "000001" / data.draw(st.sampled_from(["manifest.json", "manifest.sha256"]))
+        held = bytearray(path.read_bytes())
+        held[data.draw(st.integers(0, len(held) - 1))] ^= data.draw(st.integers(1, 255))
+        path.write_bytes(held)
+        with pytest.raises(CheckpointError, match=r"is damaged: manifest\.json is not the one that manifest\.sha256"):
+            read_checkpoint(Path(place), 1)
+
+
 def test_a_manifest_cut_anywhere_is_refused(folder: Path) -> None:
     manifest = folder / "000020" / "manifest.json"
     whole = manifest.read_text()
     for length in range(0, len(whole), 7):
         manifest.write_text(whole[:length])
-        with pytest.raises(CheckpointError, match=r"has no readable manifest.json .*--from 10"):
+        with pytest.raises(CheckpointError, match=r"is damaged: manifest\.json .*--from 10"):
             read_checkpoint(folder, 20)
 
 
@@ -357,27 +399,126 @@ def test_a_manifest_cut_anywhere_is_refused(folder: Path) -> None:
         7,
         [],
         {},
-        {"format": 1},
+        {"format": 2},
         {"format": 1, "arrays": []},
-        {"format": 1, "arrays": {"w": 7}},
-        {"format": 1, "arrays": {"w": {"file": "0000.npy"}}},
-        {"format": 1, "arrays": {"w": {"file": "0000.npy", "bytes": "many", "sha256": ""}}},
-        {"format": 1, "arrays": {"w": {"file": 7, "bytes": 7, "sha256": ""}}},
+        {"format": 2, "arrays": [], "attachments": {}},
+        {"format": 2, "arrays": {}},
+        {"format": 2, "arrays": {}, "attachments": {"shards": 7}},
+        {"format": 2, "arrays": {"w": 7}, "attachments": {}},
+        {"format": 2, "arrays": {"w": {"file": "0000.npy"}}, "attachments": {}},
+        {"format": 2, "arrays": {"w": {"file": "0000.npy", "bytes": "many", "sha256": ""}}, "attachments": {}},
+        {"format": 2, "arrays": {"w": {"file": 7, "bytes": 7, "sha256": ""}}, "attachments": {}},
     ],
     ids=json.dumps,
 )
 def test_a_manifest_that_says_something_else_is_refused(folder: Path, content: Any) -> None:
-    (folder / "000020" / "manifest.json").write_text(json.dumps(content))
+    write_manifest(folder / "000020", content)
     with pytest.raises(CheckpointError, match=r"has no readable manifest\.json"):
         read_checkpoint(folder, 20)
 
 
 def test_another_format_names_the_way_to_read_it(folder: Path) -> None:
-    (folder / "000020" / "manifest.json").write_text('{"format": 9, "contents": "of the future"}')
+    write_manifest(folder / "000020", {"format": 9, "contents": "of the future"})
     with pytest.raises(
-        CheckpointError, match="has format 9, and this fedtower reads 1; use the fedtower that wrote it"
+        CheckpointError, match="has format 9, and this fedtower reads 2; use the fedtower that wrote it"
     ):
         read_checkpoint(folder, 20)
+
+
+def test_a_checkpoint_from_before_manifests_were_sealed_is_read(folder: Path) -> None:
+    place = folder / "000020"
+    manifest = json.loads((place / "manifest.json").read_text())
+    del manifest["attachments"]
+    (place / "manifest.sha256").unlink()
+    (place / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    assert value_of(folder, 20) == 20
+
+
+def test_a_manifest_without_its_seal_is_refused(folder: Path) -> None:
+    (folder / "000020" / "manifest.sha256").unlink()
+    with pytest.raises(CheckpointError, match=r"manifest\.sha256 is missing\. Continue.*--from 10"):
+        read_checkpoint(folder, 20)
+
+
+@pytest.fixture
+def shards(memory: Path) -> Path:
+    """Checkpoints of the rounds 10 and 20 with an attachment."""
+    for round in (10, 20):
+        write_checkpoint(memory, round, state(round), keep=9, attachments=attached(round))
+    return memory
+
+
+def test_an_attachment_comes_back_file_by_file(shards: Path) -> None:
+    for round in (10, 20):
+        place = attachment(shards, round, "shards")
+        assert read_attachments(shards, round) == {"shards": place}
+        assert [(place / file).read_text() for file in ("first", "inner/second")] == [str(round)] * 2
+
+
+def test_an_attachment_that_writes_nothing_is_there_and_empty(memory: Path) -> None:
+    write_checkpoint(memory, 1, {}, keep=1, attachments={"nothing": lambda place: None})
+    assert list(attachment(memory, 1, "nothing").iterdir()) == []
+
+
+def test_an_attachment_that_is_not_there_is_refused(shards: Path) -> None:
+    with pytest.raises(CheckpointError, match="000020 holds no 'clients': it was written by a run with other parts"):
+        attachment(shards, 20, "clients")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/"])
+def test_an_attachment_stays_in_a_folder_of_its_own(memory: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="is the name of its folder"):
+        write_checkpoint(memory, 1, {}, keep=1, attachments={name: lambda place: None})
+    assert list_checkpoints(memory) == []
+
+
+@pytest.mark.parametrize("file", ["first", "inner/second"])
+@pytest.mark.parametrize("left", ["half", "other", "missing"])
+def test_a_damaged_attachment_is_refused_and_the_older_one_is_named(shards: Path, file: str, left: str) -> None:
+    path = shards / "000020" / "attachments" / "shards" / file
+    path.unlink() if left == "missing" else path.write_text("2" if left == "half" else "99")
+    with pytest.raises(CheckpointError, match=rf"is damaged: {path.name} \(shards\).*--from 10\."):
+        attachment(shards, 20, "shards")
+    assert value_of(shards, 10) == 10
+
+
+def test_a_file_that_was_added_to_an_attachment_is_refused(shards: Path) -> None:
+    (shards / "000020" / "attachments" / "shards" / "inner" / "third").write_text("20")
+    with pytest.raises(CheckpointError, match=r"third is not one of the files it was written with.*--from 10"):
+        attachment(shards, 20, "shards")
+
+
+def test_an_attachment_that_fails_leaves_the_old_one_and_takes_no_space(shards: Path) -> None:
+    def fails(place: Path) -> None:
+        (place / "first").write_text("30")
+        raise RuntimeError("a shard is not there")
+
+    with pytest.raises(RuntimeError, match="a shard is not there"):
+        write_checkpoint(shards, 30, state(30), keep=1, attachments={"shards": fails})
+    assert names(shards) == ["000010", "000020"]
+
+
+def linked(place: Path) -> None:
+    """Both files, as links to those of the newest checkpoint there is."""
+    newest = earlier_attachments(place)[0]
+    (place / "inner").mkdir()
+    for file in ("first", "inner/second"):
+        (place / file).hardlink_to(newest / file)
+
+
+def test_a_file_can_be_linked_from_the_checkpoint_before_which_may_then_go(shards: Path) -> None:
+    write_checkpoint(shards, 30, state(20), keep=1, attachments={"shards": linked})
+    assert names(shards) == ["000030"]
+    assert value_of(shards, 30) == 20
+
+
+def test_a_link_to_a_damaged_file_is_not_taken_for_its_content(shards: Path) -> None:
+    path = shards / "000020" / "attachments" / "shards" / "first"
+    with path.open("r+") as stream:
+        stream.write("99")
+    write_checkpoint(shards, 30, state(20), keep=9, attachments={"shards": linked})
+    with pytest.raises(CheckpointError, match=r"is damaged: first \(shards\)"):
+        attachment(shards, 30, "shards")
 
 
 def test_groups_are_taken_apart_by_their_prefix() -> None:
