@@ -163,11 +163,15 @@ class DeviceRuntime:
 
 @dataclass(frozen=True)
 class BundleScorer:
-    """Scores with the forward graph of a bundle: candidates of one user, or a batch of examples."""
+    """Scores with the forward graph of a bundle: candidates of one user, or a batch of examples.
+
+    ``newer`` are parameters to use in place of the bundle's.
+    """
 
     bundle: Bundle
     format: Format
     precision: Precision = "float32"
+    newer: Mapping[str, FloatArray] = field(default_factory=dict)
 
     @cached_property
     def _graph(self) -> DeviceGraph:
@@ -175,7 +179,8 @@ class BundleScorer:
 
     @cached_property
     def _parameters(self) -> dict[tuple[str, str], Array]:
-        return {("parameter", name): value for name, value in self.bundle.parameters(self.precision).items()}
+        held = {**self.bundle.parameters(self.precision), **self.newer}
+        return {("parameter", name): value for name, value in held.items()}
 
     def score(
         self,

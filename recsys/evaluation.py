@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +69,13 @@ class Evaluation:
     users: int
 
 
+class MetricSum(NamedTuple):
+    """A metric's sum over some held-out items (or users), and how many there were."""
+
+    total: float
+    count: int
+
+
 class Scorer(Protocol):
     """Whatever can say how much a client would like an item: a trained model, or a baseline.
 
@@ -105,22 +112,61 @@ def evaluate(
         DataError: there is no held-out item to rank.
         ScoreError: the model's scores are not finite.
     """
-    full = settings.protocol == "full"
-    protocol: _Full | _Sampled | _Given = _Full() if full else _Sampled(settings.negatives, draws)
-    if not full and role == "test" and split.kind == "ncf":
-        protocol = _Given()
-    tally = _Tally(population.num_items, coverage_at=settings.k if full else ())
     everyone = np.arange(population.num_clients, dtype=np.int64) if clients is None else clients
-    for start in range(0, len(everyone), settings.batch_size):
-        cases = make_cases(population, split, everyone[start : start + settings.batch_size], role)
-        for batch in cases.batches(settings.batch_size):
-            tally.add(batch, *protocol.rank(scorer, population, batch))
+    protocol = _protocol(population, split, role, settings, draws)
+    tally = _Tally(population.num_items, coverage_at=settings.k if settings.protocol == "full" else ())
+    _rank_all(tally, protocol, scorer, population, split, role, settings, everyone)
     if not tally.cases:
         raise DataError(
             f"expected {role} items to rank, but the split {split.kind!r} holds none out for any of {len(everyone)} "
             "clients: their histories are too short for it, or it makes no such part; choose another data.split"
         )
     return Evaluation(role, protocol.label, tally.metrics(settings.k), tally.cases, tally.users)
+
+
+def evaluate_sums(
+    scorer: Scorer,
+    population: Population,
+    split: Split,
+    role: Role,
+    settings: EvaluationSettings,
+    draws: Draws,
+    clients: IntArray,
+) -> dict[str, MetricSum]:
+    """What ``clients`` add to each figure of :func:`evaluate` that is a mean: a sum, and of how many.
+
+    Added up over all clients they give its HR, NDCG, recall, MRR and GAUC. A device says no more than this of its held
+    out items; the AUC over pooled scores and the coverage would need what it ranked, and are left out.
+    """
+    tally = _Tally(population.num_items, coverage_at=())
+    protocol = _protocol(population, split, role, settings, draws)
+    _rank_all(tally, protocol, scorer, population, split, role, settings, clients)
+    return tally.sums(settings.k) if tally.cases else {}
+
+
+def _protocol(
+    population: Population, split: Split, role: Role, settings: EvaluationSettings, draws: Draws
+) -> _Full | _Sampled | _Given:
+    if settings.protocol == "full":
+        return _Full()
+    given = split.kind == "ncf" or (split.kind == "given" and population.held_out(np.zeros(0, np.int64)) is not None)
+    return _Given() if role == "test" and given else _Sampled(settings.negatives, draws)
+
+
+def _rank_all(
+    tally: _Tally,
+    protocol: _Full | _Sampled | _Given,
+    scorer: Scorer,
+    population: Population,
+    split: Split,
+    role: Role,
+    settings: EvaluationSettings,
+    clients: IntArray,
+) -> None:
+    for start in range(0, len(clients), settings.batch_size):
+        cases = make_cases(population, split, clients[start : start + settings.batch_size], role)
+        for batch in cases.batches(settings.batch_size):
+            tally.add(batch, *protocol.rank(scorer, population, batch))
 
 
 def make_cases(population: Population, split: Split, clients: IntArray, role: Role) -> Cases:
@@ -304,6 +350,16 @@ class _Tally:
             figures |= {"AUC": self._pooled.value(), "GAUC": float(np.mean(aucs[compared]))}
         figures |= {f"coverage@{k}": float(np.mean(listed)) for k, listed in self._listed.items()}
         return figures
+
+    def sums(self, ks: tuple[int, ...]) -> dict[str, MetricSum]:
+        ranks, users, aucs = np.concatenate(self._ranks), np.concatenate(self._users), np.concatenate(self._aucs)
+        cases, people = len(ranks), len(np.unique(users))
+        compared = ~np.isnan(aucs)
+        sums = {f"HR@{k}": MetricSum(metrics.hit_rate(ranks, k) * cases, cases) for k in ks}
+        sums |= {f"NDCG@{k}": MetricSum(metrics.ndcg(ranks, k) * cases, cases) for k in ks}
+        sums |= {f"recall@{k}": MetricSum(metrics.recall(ranks, users, k) * people, people) for k in ks}
+        sums |= {"MRR": MetricSum(metrics.mrr(ranks) * cases, cases)}
+        return sums | {"GAUC": MetricSum(float(np.sum(aucs[compared])), int(np.count_nonzero(compared)))}
 
 
 def _case_auc(target_scores: ScoreArray, other_scores: ScoreArray) -> NDArray[np.float64]:

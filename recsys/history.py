@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ __all__ = [
     "Events",
     "HeldOut",
     "Histories",
+    "Moment",
     "Population",
     "Split",
     "SplitParts",
@@ -29,10 +31,15 @@ __all__ = [
     "check_rows",
     "check_split",
     "histories",
+    "look_back",
     "make_split",
 ]
 
 BoolArray = NDArray[np.bool_]
+Moment = Literal["validation", "test", "now"]
+
+# Roles below this may be seen. When the test item is ranked, the validation item is in the past.
+_BEFORE: dict[Moment, int] = {"validation": VALIDATION, "test": TEST, "now": TEST + 1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,3 +80,25 @@ def histories(events: Events, usable: BoolArray, owners: IntArray, cut: IntArray
     if not len(chosen):
         return Histories(np.zeros_like(at), mask)
     return Histories(np.where(mask, chosen[np.where(mask, at, 0)], 0), mask)
+
+
+def look_back(
+    population: Population, split: Split, moment: Moment, clients: IntArray, cut: IntArray, length: int
+) -> tuple[IntArray, IntArray]:
+    """The items that a model may look back on, oldest first, and how many of them are real.
+
+    ``moment`` says what a history may hold: up to the validation item, up to the test item (the validation item is in
+    the past by then), or everything (``now``: recommending). ``cut`` (M,) says how many events of each case's client
+    come before the case.
+
+    Shape:
+        items ``(M, length)``, 0 where there is none; counts ``(M,)``
+    """
+    distinct, owners = np.unique(clients, return_inverse=True)
+    events = population.events(distinct)
+    usable = split.parts(events).role < _BEFORE[moment]
+    seen = histories(events, usable, owners, cut, length)
+    count = seen.mask.sum(axis=1).astype(np.int64)
+    # The newest comes first there and last here: slot j holds the event that is count - 1 - j back.
+    back = np.maximum(count[:, None] - 1 - np.arange(length), 0)
+    return np.take_along_axis(seen.items, back, axis=1), count

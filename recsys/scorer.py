@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import vmap
 
-from fedtower.recsys.history import TEST, VALIDATION, Population, Split, histories
+from fedtower.recsys.history import Moment, Population, Split, look_back
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.step import pure
 
@@ -23,22 +23,19 @@ FloatArray = NDArray[np.float32]
 # its bits do not depend on how many others are asked for.
 _TILE = 64
 
-_BEFORE = {"validation": VALIDATION, "test": TEST, "now": TEST + 1}
-
 
 @dataclass(frozen=True)
 class ModelScorer:
     """Scores by the parameters given: towers, the cloud's rows, and what the clients keep.
 
-    ``moment`` says what a history may hold: up to the validation item, up to the test item (the validation item is in
-    the past by then), or everything (``now``: recommending).
+    ``moment`` says what a history may hold: see :func:`fedtower.recsys.history.look_back`.
     """
 
     learned: Learned
     population: Population
     split: Split
     history_length: int
-    moment: str
+    moment: Moment
 
     @cached_property
     def _catalogue(self) -> Tensor:
@@ -81,7 +78,10 @@ class ModelScorer:
         for start in range(0, len(clients), _TILE):
             count = min(_TILE, len(clients) - start)
             at = np.minimum(np.arange(start, start + _TILE), len(clients) - 1)
-            items, length, user = self._history(clients[at], cut[at])
+            items, length = look_back(
+                self.population, self.split, self.moment, clients[at], cut[at], self.history_length
+            )
+            user = torch.from_numpy(self.population.user_features(clients[at]))
             with torch.no_grad():
                 yield (
                     represent(
@@ -92,15 +92,3 @@ class ModelScorer:
                     )[:, 0],
                     count,
                 )
-
-    def _history(self, clients: IntArray, cut: IntArray) -> tuple[IntArray, IntArray, Tensor]:
-        """Items (M, H), oldest first, how many of them are real (M,), and the user features (M, F)."""
-        distinct, owners = np.unique(clients, return_inverse=True)
-        events = self.population.events(distinct)
-        usable = self.split.parts(events).role < _BEFORE[self.moment]
-        seen = histories(events, usable, owners, cut, self.history_length)
-        length = seen.mask.sum(axis=1)
-        # The newest comes first there and last here: slot j holds the event that is length - 1 - j back.
-        back = np.maximum(length[:, None] - 1 - np.arange(self.history_length), 0)
-        items = np.take_along_axis(seen.items, back, axis=1)
-        return items, length.astype(np.int64), torch.from_numpy(self.population.user_features(distinct)[owners])

@@ -315,7 +315,7 @@ def _public_histories(data: Population, clients: int) -> Shard:
 def _history_shards(data: Population, split: Split, clients: IntArray) -> Iterator[Shard]:
     for number, client in enumerate(clients.tolist()):
         one = np.array([client], dtype=np.int64)
-        events, given = data.events(one), data.held_out(one)
+        events, given = data.events(one), data.held_out(one) if split.kind == "ncf" else None
         about = {
             "kind": "histories",
             "name": data.card.name,

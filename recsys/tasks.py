@@ -21,6 +21,7 @@ from fedtower.recsys import metrics
 from fedtower.recsys.batches import SequenceData
 from fedtower.recsys.evaluation import Evaluation, ItemPop, Role, evaluate
 from fedtower.recsys.examples import ExampleCard, ExampleData, Examples, ExampleSet, batches_of
+from fedtower.recsys.history import Moment
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.models import ExampleSchema, Schema
 from fedtower.recsys.population import DataCard, Population
@@ -160,7 +161,7 @@ class Histories:
         for start in range(0, len(order), size):
             yield data.work(Plan(epoch, {}, local), np.sort(order[start : start + size]))
 
-    def scorer(self, learned: Learned, moment: str) -> ModelScorer:
+    def scorer(self, learned: Learned, moment: Moment) -> ModelScorer:
         """The model as evaluation and recommendation see it."""
         return ModelScorer(learned, self.population, self.split, self.recipe.local.history_length, moment)
 

@@ -1,0 +1,97 @@
+"""Devices that each judge their own shard say together what the simulation says of all."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fedtower
+from fedtower.core.registry import discover
+from fedtower.core.rows import RowStore
+from fedtower.plugins.datasets.mnist.example import write as write_digits
+from fedtower.plugins.runtimes.mnn.device import format_of
+from fedtower.recsys.bundle import Bundle
+from fedtower.recsys.bundle_of_run import export_run
+from fedtower.recsys.device import BundleScorer
+from fedtower.recsys.evaluation import MetricSum
+from fedtower.recsys.on_device import Held
+from fedtower.recsys.run import Run
+from fedtower.recsys.shards import read_shard, write_shards
+from fedtower.recsys.splits import Split
+
+REGISTRY = discover()
+
+
+def devices(run: Run, folder: Path) -> tuple[Bundle, list[Held]]:
+    """The run's bundle, and each of its clients with a shard of its own."""
+    task = run.trained.setting.task
+    split: Split | None = getattr(task, "split", None)
+    data: Any = getattr(task, "population", None) or getattr(task, "examples", None)
+    write_shards(folder / "shards", data, split, np.arange(task.num_clients), lambda done: None)
+    bundle = export_run(run.folder, folder / "bundle", REGISTRY, formats=["onnx", "mnn"])
+    paths = sorted((folder / "shards").glob("client-*"))
+    return bundle, [Held(read_shard(path), run.trained.setting.draws) for path in paths]
+
+
+def together(said: Iterable[Mapping[str, MetricSum]]) -> dict[str, float]:
+    totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0])
+    for sums in said:
+        for name, (total, count) in sums.items():
+            totals[name][0] += total
+            totals[name][1] += count
+    return {name: total / count for name, (total, count) in totals.items()}
+
+
+@pytest.fixture(scope="module")
+def scored(federated_run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, BundleScorer, list[Held]]:
+    bundle, held = devices(federated_run, tmp_path_factory.mktemp("devices"))
+    return federated_run, BundleScorer(bundle, format_of()), held
+
+
+@pytest.mark.parametrize("protocol", ["sampled", "full"])
+def test_devices_rank_as_the_simulation_does(scored: tuple[Run, BundleScorer, list[Held]], protocol: Any) -> None:
+    run, scorer, held = scored
+    learned = run.trained.training.learned()
+    rows: RowStore | None = learned.rows
+    settings = replace(run.trained.setting.recipe.evaluation, protocol=protocol)
+    said = []
+    for device in held:
+        own = {name: value[0].numpy() for name, value in learned.own(device.client).items()}
+        said.append(device.judge(scorer, rows, own, "test", settings))
+    want = run.trained.evaluate(protocol).metrics
+    got = together(said)
+    assert set(got) == {name for name in want if not name.startswith("coverage") and name != "AUC"}
+    for name, value in got.items():
+        assert value == pytest.approx(want[name], abs=1e-6), name
+
+
+def test_newer_parameters_are_used_in_place_of_the_bundles(scored: tuple[Run, BundleScorer, list[Held]]) -> None:
+    run, scorer, held = scored
+    learned = run.trained.training.learned()
+    settings = run.trained.setting.recipe.evaluation
+    nothing = {name: np.zeros_like(value) for name, value in learned.parameters.items()}
+    flat = BundleScorer(scorer.bundle, scorer.format, newer=nothing)
+    own = {name: value[0].numpy() for name, value in learned.own(held[0].client).items()}
+    assert held[0].judge(flat, learned.rows, own, "test", settings) != held[0].judge(
+        scorer, learned.rows, own, "test", settings
+    )
+
+
+def test_devices_tell_digits_as_the_simulation_does(tmp_path: Path) -> None:
+    digits = write_digits(tmp_path)
+    overrides = {"data.path": digits["path"], "data.clients": 12, "data.validation_images": 30, "rounds": 2}
+    small = {"cohort.size": 4, "local.batch_size": 8, "evaluation.every": 0}
+    run = fedtower.run("fedavg-mnist-mlp", {**overrides, **small}, runs=tmp_path / "runs")
+    bundle, held = devices(run, tmp_path)
+    scorer = BundleScorer(bundle, format_of())
+    got = together(device.judge(scorer, None, {}, "test", run.trained.setting.recipe.evaluation) for device in held)
+    want = run.trained.evaluate().metrics
+    assert set(got) == {"accuracy", "logloss"}
+    for name, value in got.items():
+        assert value == pytest.approx(want[name], abs=1e-6), name
