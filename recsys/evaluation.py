@@ -73,7 +73,7 @@ class MetricSum(NamedTuple):
     """A metric's sum over some held-out items (or users), and how many there were."""
 
     total: float
-    count: int
+    cases: int
 
 
 class Scorer(Protocol):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedtower.core.draws import Draws
 from fedtower.core.testing.promises import assert_same_bits
 from fedtower.recsys.evaluation import evaluate
-from fedtower.recsys.history import TRAIN, VALIDATION
+from fedtower.recsys.history import TRAIN, VALIDATION, Moment
 from fedtower.recsys.models import SequenceTower
 from fedtower.recsys.run import Run
 from fedtower.recsys.scorer import ModelScorer
@@ -104,7 +104,7 @@ def slow_vector(
 
 @pytest.mark.parametrize(("moment", "before"), [("validation", VALIDATION), ("test", VALIDATION + 1), ("now", 3)])
 def test_scores_are_those_of_a_direct_slow_computation(
-    task: Histories, model: Assembled, parameters: Mapping[str, Any], moment: str, before: int
+    task: Histories, model: Assembled, parameters: Mapping[str, Any], moment: Moment, before: int
 ) -> None:
     scorer = task.scorer(model.learned(parameters), moment)
     tower = model.declared.shared
