@@ -76,33 +76,27 @@ class Assembled:
     declared: Declared
     tables: CloudTables | None
     store: ClientStore
-    num_clients: int
 
     def learned(self, parameters: Mapping[str, FloatArray]) -> Learned:
         """The model with these shared parameters."""
         return Learned(self.declared, parameters, self.store, self.tables)
 
     def snapshot(self) -> dict[str, NDArray[Any]]:
-        """The tables, and what the clients keep."""
-        tables = {} if self.tables is None else self.tables.snapshot()
-        return {**under("tables", tables), **under("clients", self.store.snapshot())}
+        """The tables."""
+        return under("tables", {} if self.tables is None else self.tables.snapshot())
 
     def attachments(self) -> Attachments:
-        """What writes files of its own into a checkpoint."""
-        return {}
+        """What the clients keep, if they keep anything."""
+        return {"clients": self.store.save} if self.store.names else {}
 
     def restore(self, arrays: Arrays, attached: Attached) -> None:
         """Continue from a snapshot and what was attached to it."""
         if self.tables is not None:
             self.tables.restore(grouped(arrays, "tables"))
-        kept = grouped(arrays, "clients")
-        newest = max((int(ids.max(initial=-1)) for name, ids in kept.items() if name.endswith(".clients")), default=-1)
-        if newest >= self.num_clients:
-            raise CheckpointError(
-                f"the checkpoint holds what client {newest} keeps, but the data has {self.num_clients} clients; bring "
-                f"back the data that the run was started with"
-            )
-        self.store.restore(kept)
+        if "clients" in attached:
+            self.store.load(attached["clients"])
+        else:  # a checkpoint from before there were attachments, or one of clients that keep nothing
+            self.store.restore(grouped(arrays, "clients"))
 
 
 def assemble(setting: Setting, *, row_lr: float | None = None, tower_lr: float | None = None) -> Assembled:
@@ -128,7 +122,7 @@ def assemble(setting: Setting, *, row_lr: float | None = None, tower_lr: float |
     store = ClientStore(task.num_clients)
     for name, value in declared.device_parameters().items():
         store.declare(name, value)
-    return Assembled(declared, tables, store, task.num_clients)
+    return Assembled(declared, tables, store)
 
 
 class Federated:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import tracemalloc
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -15,12 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fedtower.core.checkpoint import attachment, write_checkpoint
 from fedtower.core.errors import CheckpointError, ShapeMismatch, StorageError
 from fedtower.core.store import ClientStore
 
 law = settings(deadline=None, max_examples=60)
 
 FIRST = np.array([7.0, 8.0], dtype=np.float32)
+MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else None  # a flush costs nothing there
 visits = st.lists(st.lists(st.integers(0, 19), unique=True, max_size=8), max_size=8)
 
 
@@ -170,3 +173,141 @@ def test_a_full_disk_is_an_error_and_the_client_keeps_what_it_had(monkeypatch: p
 
 def full_disk(*arguments: object) -> int:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def saved(folder: Path, round: int, kept: ClientStore, keep: int = 9) -> int:
+    """The bytes that the files of a checkpoint take which no checkpoint before had, once the store is saved with it."""
+    before = {path.stat().st_ino for path in folder.rglob("*.npy")}
+    write_checkpoint(folder, round, {}, keep, {"clients": kept.save})
+    status = [path.stat() for path in attachment(folder, round, "clients").glob("*.npy")]
+    return sum(each.st_size for each in status if each.st_ino not in before)
+
+
+def loaded(folder: Path, round: int, *names: str) -> ClientStore:
+    made = store(*names)
+    made.load(attachment(folder, round, "clients"))
+    return made
+
+
+@given(st.lists(visits, min_size=1, max_size=6), st.data())
+@law
+def test_every_save_is_restored_to_the_last_bit(rounds: list[list[list[int]]], data: st.DataObject) -> None:
+    with TemporaryDirectory(dir=MEMORY) as place:
+        kept, wanted = store("mine"), list[NDArray[np.float32]]()
+        for round, cohorts in enumerate(rounds):
+            if data.draw(st.booleans()) and round:  # the run is resumed from any of its checkpoints
+                back = data.draw(st.integers(0, round - 1))
+                kept = loaded(Path(place), back, "mine")
+                np.testing.assert_array_equal(kept.read("mine", np.arange(20)), wanted[back])
+            for visit, clients in enumerate(cohorts):
+                values = np.full((len(clients), 2), 100 * round + visit, dtype=np.float32)
+                kept.write("mine", ids(*clients), values)
+            saved(Path(place), round, kept)
+            wanted.append(kept.read("mine", np.arange(20)))
+        for round, values in enumerate(wanted):
+            np.testing.assert_array_equal(loaded(Path(place), round, "mine").read("mine", np.arange(20)), values)
+
+
+def million(written: int) -> ClientStore:
+    """A million clients that keep eight numbers, of whom ``written`` have been seen."""
+    made = ClientStore(1_000_000)
+    made.declare("mine", np.zeros(8, dtype=np.float32))
+    made.write("mine", 7 * np.arange(written), np.ones((written, 8), dtype=np.float32))
+    return made
+
+
+def visit(kept: ClientStore, round: int) -> None:
+    clients = 100 * 7 * round + 7 * np.arange(100) + 3
+    kept.write("mine", clients, np.full((100, 8), round, dtype=np.float32))
+
+
+def test_what_a_checkpoint_writes_does_not_grow_with_who_was_written_before() -> None:
+    told: dict[int, list[int]] = {}
+    for before in (0, 20_000, 100_000):
+        with TemporaryDirectory(dir=MEMORY) as place:
+            kept = million(before)
+            saved(Path(place), 0, kept, keep=1)
+            told[before] = []
+            for round in range(1, 65):
+                visit(kept, round)
+                told[before].append(saved(Path(place), round, kept, keep=1))
+    assert told[0] == told[20_000] == told[100_000]
+    record, rounds = 100 * (8 + 4 * 8), 64
+    assert sorted(told[0])[rounds // 2] < 2.2 * record, "half of them write one cohort, or two"
+    assert sum(told[0]) < (1 + np.log2(rounds)) * rounds * 1.1 * record, "a value is written again log2(64) times"
+
+
+def test_clients_that_come_again_and_again_take_the_room_of_one() -> None:
+    with TemporaryDirectory(dir=MEMORY) as place:
+        kept = million(0)
+        for round in range(9):
+            visit(kept, 1)
+            saved(Path(place), round, kept)
+        assert len(list(attachment(Path(place), 8, "clients").glob("*.npy"))) == 1
+
+
+def test_a_save_that_was_never_committed_is_no_ground_to_build_on(tmp_path: Path) -> None:
+    kept, _ = written([[1, 2, 3, 4, 5]])
+    saved(tmp_path, 1, kept)
+    kept.write("mine", ids(6), np.ones((1, 2), dtype=np.float32))
+
+    def fails(place: Path) -> None:
+        kept.save(place)
+        raise RuntimeError("another part")
+
+    with pytest.raises(RuntimeError, match="another part"):
+        write_checkpoint(tmp_path, 2, {}, 9, {"clients": fails})
+    kept.write("mine", ids(7), np.ones((1, 2), dtype=np.float32))
+    saved(tmp_path, 3, kept)
+    assert loaded(tmp_path, 3, "mine").read("mine", ids(5, 6, 7)).tolist() == [[5, -5], [1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_where_the_disk_has_no_links_files_are_copied_if_they_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    kept, _ = written([[1, 2, 3, 4, 5]])
+    saved(tmp_path, 1, kept)
+    (file,) = attachment(tmp_path, 1, "clients").glob("*.npy")
+    if damaged:
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    monkeypatch.setattr(Path, "hardlink_to", no_links)
+    kept.write("mine", ids(9), np.ones((1, 2), dtype=np.float32))
+    saved(tmp_path, 2, kept)
+    held = attachment(tmp_path, 2, "clients")
+    assert (held / file.name).exists() == (not damaged)
+    assert file.stat().st_nlink == 1
+    assert loaded(tmp_path, 2, "mine").read("mine", ids(5, 9)).tolist() == [[5, -5], [1, 1]]
+
+
+def no_links(*arguments: object) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+def test_what_another_model_saved_is_refused(tmp_path: Path) -> None:
+    kept, _ = written([[1]])
+    saved(tmp_path, 1, kept)
+    with pytest.raises(CheckpointError, match=r"holds no client state 'other'.*with the recipe it was written with"):
+        loaded(tmp_path, 1, "mine", "other")
+    wider = ClientStore(20)
+    wider.declare("mine", np.zeros(3, dtype=np.float32))
+    with pytest.raises(CheckpointError, match=r"'mine' has shape \(2,\), but this run's has \(3,\)"):
+        wider.load(attachment(tmp_path, 1, "clients"))
+
+
+def test_what_more_clients_saved_is_refused(tmp_path: Path) -> None:
+    kept, _ = written([[1, 19]])
+    saved(tmp_path, 1, kept)
+    fewer = ClientStore(19)
+    fewer.declare("mine", FIRST)
+    with pytest.raises(CheckpointError, match="what client 19 keeps, but the data has 19 clients"):
+        fewer.load(attachment(tmp_path, 1, "clients"))
+    with pytest.raises(CheckpointError, match="what client 19 keeps, but the data has 19 clients"):
+        fewer.restore(kept.snapshot())
+
+
+def test_a_write_that_the_disk_takes_in_parts_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, content, place: at_once(file, content[:3], place))
+    kept, plain = written([[4, 5, 6, 9]])
+    assert kept.read("mine", ids(4, 5, 6, 9)).tolist() == [plain[client] for client in (4, 5, 6, 9)]

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from fedtower.core.checkpoint import read_checkpoint
 from fedtower.core.cli import EXIT_CODES, call
 from fedtower.core.draws import Draws
 from fedtower.core.testing.promises import assert_same_bits
 from fedtower.recsys.run import Run
+from fedtower.recsys.testing.states import saved
 
 Start = Callable[..., Any]
 Options = Callable[..., list[str]]
@@ -210,7 +210,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_one_before_it(
     told = refused(5, *words, run_copy)
     assert str(newest) in told
     assert "Continue from the one before it with --from 4." in told
-    assert ("is damaged" in told) == (how != "manifest")
+    assert "is damaged" in told
 
 
 def test_the_way_out_of_a_damaged_checkpoint_works(run_copy: Path, refused: Refused, federated_run: Run) -> None:
@@ -318,5 +318,5 @@ def test_a_full_disk_is_refused_and_the_run_goes_on_when_there_is_space(
     )
     assert child.code == 0, child.err
     (finished,) = [path.parent for path in (tmp_path / "kept").glob("*/summary.json")]
-    one, other = (read_checkpoint(folder / "checkpoints", 6) for folder in (finished, federated_run.folder))
+    one, other = (saved(folder / "checkpoints", 6) for folder in (finished, federated_run.folder))
     assert_same_bits(one, other)

@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 
 import fedtower
-from fedtower.core.checkpoint import list_checkpoints, read_checkpoint
+from fedtower.core.checkpoint import list_checkpoints
 from fedtower.core.draws import Draws
 from fedtower.core.errors import CheckpointError
 from fedtower.core.hooks import hookimpl
 from fedtower.core.testing.promises import assert_same_bits
 from fedtower.recsys.run import Run
 from fedtower.recsys.runlog import RunLog
+from fedtower.recsys.testing.states import saved
 
 Start = Callable[..., Any]
 Options = Callable[..., list[str]]
@@ -52,7 +53,7 @@ class StopAfter:
 def final(folder: Path) -> tuple[int, dict[str, Any]]:
     """The newest checkpoint."""
     newest = list_checkpoints(folder / "checkpoints")[-1]
-    return newest, read_checkpoint(folder / "checkpoints", newest)
+    return newest, saved(folder / "checkpoints", newest)
 
 
 def assert_same_end(one: Path, other: Path) -> None:

@@ -19,6 +19,7 @@ from fedtower.core.plan import Plan
 from fedtower.recsys.models import SequenceTower
 from fedtower.recsys.run import Run
 from fedtower.recsys.standalone import Standalone
+from fedtower.recsys.testing.states import everything
 from fedtower.recsys.training import Setting, assemble
 
 SettingOf = Callable[..., Setting]
@@ -80,9 +81,9 @@ def slow_loss(setting: Setting, item: Tensor, bias: Tensor, own: Tensor) -> Tens
 def test_one_step_is_autograd_on_the_obvious_model(setting_of: SettingOf, loss: str) -> None:
     setting = setting_of({**ONE_STEP, "local.loss": loss, "local.batch_size": 6, "local.history_length": 5})
     training = Standalone(setting)
-    before = {name: np.array(value) for name, value in training.snapshot().items()}
+    before = {name: np.array(value) for name, value in everything(training).items()}
     (report,) = list(training.rounds())
-    after = training.snapshot()
+    after = everything(training)
 
     item, bias = (torch.from_numpy(before[f"tables/table/{name}"]).requires_grad_() for name in ("item", "item_bias"))
     own = torch.zeros(60, 8, requires_grad=True)
@@ -132,7 +133,7 @@ def test_every_user_takes_part_in_an_epoch_and_nothing_is_sent(setting_of: Setti
     training = Standalone(setting_of({"standalone.users_per_batch": 7}))
     report = next(training.rounds())
     assert (report.clients, report.dropped, report.bytes_up, report.bytes_down) == (60, 0, 0, 0)
-    assert training.snapshot()["clients/user_vector.clients"].tolist() == list(range(60))
+    assert everything(training)["clients/user_vector.clients"].tolist() == list(range(60))
 
 
 def test_epochs_visit_users_in_another_order(setting_of: SettingOf) -> None:
@@ -147,7 +148,7 @@ def test_learning_rates_fall_to_the_last_epoch(setting_of: SettingOf) -> None:
     training = Standalone(setting_of({"standalone.epochs": 3, "standalone.decay_to": 0.0}))
     snapshots = []
     for _ in training.rounds():
-        snapshots.append({name: np.array(value) for name, value in training.snapshot().items()})
+        snapshots.append({name: np.array(value) for name, value in everything(training).items()})
     learnt = ("parameters/", "tables/table/", "tables/tower/", "clients/user_vector.values")
     for name in (name for name in snapshots[0] if name.startswith(learnt)):
         moved = [not np.array_equal(one[name], other[name]) for one, other in pairwise(snapshots)]

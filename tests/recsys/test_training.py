@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedtower.core.checkpoint import read_checkpoint, write_checkpoint
+from fedtower.core.checkpoint import read_attachments, read_checkpoint, write_checkpoint
 from fedtower.core.errors import CheckpointError, RecipeError
 from fedtower.core.testing.promises import assert_same_bits
 from fedtower.recsys.standalone import Standalone
+from fedtower.recsys.testing.states import everything
 from fedtower.recsys.training import Federated, Setting, Training, assemble
 
 SettingOf = Callable[..., Setting]
@@ -33,7 +34,7 @@ def part_of(snapshot: Mapping[str, Any], *groups: str) -> dict[str, Any]:
 
 
 def test_both_modes_begin_with_the_same_bits(setting_of: SettingOf) -> None:
-    snapshots = [make(setting_of({"mode": mode})).snapshot() for mode, make in MODES.items()]
+    snapshots = [everything(make(setting_of({"mode": mode}))) for mode, make in MODES.items()]
     ours, theirs = (
         part_of(snapshot, "parameters/", "tables/table", "tables/tower", "clients/") for snapshot in snapshots
     )
@@ -54,7 +55,7 @@ def test_training_again_gives_the_same_bits(setting_of: SettingOf, mode: str) ->
     train(one, 2)
     torch.manual_seed(2)  # nothing may look at the global generator
     train(other, 2)
-    assert_same_bits(one.snapshot(), other.snapshot())
+    assert_same_bits(everything(one), everything(other))
 
 
 @pytest.mark.parametrize("before", [0, 1, 3])
@@ -65,13 +66,13 @@ def test_a_restored_training_goes_on_bit_for_bit(setting_of: SettingOf, mode: st
     train(straight, 4)
     if before:
         train(stopped, before)
-    write_checkpoint(tmp_path, before, stopped.snapshot(), keep=1)
+    write_checkpoint(tmp_path, before, stopped.snapshot(), keep=1, attachments=stopped.attachments())
     train(resumed, 2)  # what it did before it was restored is forgotten
-    resumed.restore(read_checkpoint(tmp_path, before))
-    assert_same_bits(resumed.snapshot(), stopped.snapshot())
+    resumed.restore(read_checkpoint(tmp_path, before), read_attachments(tmp_path, before))
+    assert_same_bits(everything(resumed), everything(stopped))
     train(resumed, 4)
-    assert_same_bits(resumed.snapshot(), straight.snapshot())
-    written = len(straight.snapshot()["clients/user_vector.clients"])
+    assert_same_bits(everything(resumed), everything(straight))
+    written = len(everything(straight)["clients/user_vector.clients"])
     assert 0 < written <= 60
 
 
@@ -79,9 +80,9 @@ def test_a_restored_training_goes_on_bit_for_bit(setting_of: SettingOf, mode: st
 def test_a_snapshot_holds_all_that_moves(setting_of: SettingOf, mode: str) -> None:
     training = MODES[mode](setting_of({"mode": mode}))
     train(training, 1)
-    before = {name: np.array(value) for name, value in training.snapshot().items()}
+    before = {name: np.array(value) for name, value in everything(training).items()}
     train(training, 2)
-    after = training.snapshot()
+    after = everything(training)
     assert sorted(after) == sorted(before)
     moved = {name for name in after if not np.array_equal(after[name], before[name])}
     # User features may leave a group without a client; everything else moves in a round.
@@ -93,7 +94,7 @@ def test_the_same_bits_whatever_the_width_of_a_block(setting_of: SettingOf) -> N
     for block in (1, 5, 32):
         training = Federated(setting_of({"transport.block": block, "rows.average": "touched"}, epochs=1))
         train(training, 2)
-        snapshots.append(training.snapshot())
+        snapshots.append(everything(training))
     assert_same_bits(snapshots[0], snapshots[1])
     assert_same_bits(snapshots[0], snapshots[2])
 
@@ -108,9 +109,16 @@ def test_bytes_do_not_depend_on_the_width_of_a_block(setting_of: SettingOf) -> N
 
 def test_frozen_rows_leave_tables_and_cloud_tower_as_they_were(setting_of: SettingOf) -> None:
     training = Federated(setting_of({"rows.train": "frozen"}))
-    before = part_of(training.snapshot(), "tables/")
+    before = part_of(everything(training), "tables/")
     train(training, 2)
-    assert_same_bits(part_of(training.snapshot(), "tables/"), before)
+    assert_same_bits(part_of(everything(training), "tables/"), before)
+
+
+def test_what_clients_kept_in_a_checkpoint_of_before_is_read(setting_of: SettingOf) -> None:
+    whole, resumed = (Federated(setting_of()) for _ in range(2))
+    train(whole, 2)
+    resumed.restore(everything(whole))  # there it lay among the arrays
+    assert_same_bits(everything(resumed), everything(whole))
 
 
 def test_a_snapshot_of_a_run_without_a_users_vector_is_refused(setting_of: SettingOf) -> None:
