@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtower.core.checking import Leased
 from fedtower.core.draws import Draws
 from fedtower.core.hooks import Hooks
 from fedtower.core.plan import Plan
@@ -19,6 +20,7 @@ from fedtower.core.transform import States, Transform, on_client
 from fedtower.core.updates import Updates
 
 IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
 
 
 class ClientData(Protocol):
@@ -39,8 +41,31 @@ class Preparing(Protocol):
 
 
 @dataclass(frozen=True)
+class Staged:
+    """What a visit of C clients leaves behind until the server has spoken: ``states[name]`` (C, *shape), and the rows
+    that they were given.
+    """
+
+    clients: IntArray
+    states: Mapping[str, FloatArray]
+    leased: Mapping[str, Leased]
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    def without(self, clients: IntArray) -> Staged:
+        """The same for the clients that are not among ``clients``; the rows that they were given are forgotten."""
+        rest = ~np.isin(self.clients, clients)
+        return Staged(self.clients[rest], {name: values[rest] for name, values in self.states.items()}, {})
+
+
+@dataclass(frozen=True)
 class ClientSide:
-    """What a client's half of the round is made of."""
+    """What a client's half of the round is made of.
+
+    A visit changes nothing that the next one sees: what its clients are to keep is staged, until :meth:`settle` says
+    whose update counted.
+    """
 
     data: ClientData
     runtime: Runtime
@@ -50,6 +75,7 @@ class ClientSide:
     hooks: Hooks
     draws: Draws
     device_state: tuple[str, ...] = ()  # names in the store that are parameters of the model
+    staged: list[Staged] = field(default_factory=list)
 
     def declare(self, plan: Plan) -> None:
         """Make room in the store for what the transforms keep on each client."""
@@ -58,7 +84,7 @@ class ClientSide:
                 self.store.declare(f"transforms.{position}.{name}", np.zeros(shape, dtype=np.float32))
 
     def visit(self, plan: Plan, clients: IntArray) -> Updates:
-        """The updates of ``clients`` as they leave their devices; what stays on the devices is written to the store.
+        """The updates of ``clients`` as they leave their devices; what is to stay on the devices is staged.
 
         Their metric ``bytes_down`` is what each was sent: the plan's shared parameters, and the rows it asked for.
         """
@@ -80,12 +106,33 @@ class ClientSide:
         ]
         updates, kept = on_client(self.transforms, updates, kept, self.draws)
 
-        for name, values in states.items():
-            self.store.write(name, clients, values)
+        states = {**states}
         for position, state in enumerate(kept):
-            for name, values in state.items():
-                self.store.write(f"transforms.{position}.{name}", clients, values)
+            states |= {f"transforms.{position}.{name}": values for name, values in state.items()}
+        leased = {source: Leased(needed, work.rows[source].shape[1]) for source, needed in work.row_ids.items()}
+        self.staged.append(Staged(clients, states, leased))
         return replace(updates, metrics={**updates.metrics, "bytes_down": bytes_down})
+
+    def leased(self, clients: IntArray) -> Mapping[str, Leased] | None:
+        """The rows that a block of ``clients`` was given by the visit that they made together, if they did."""
+        together = (visit.leased for visit in self.staged if np.array_equal(visit.clients, clients))
+        return next(together, None)
+
+    def settle(self, clients: IntArray, counted: NDArray[np.bool_]) -> None:
+        """Write what those of ``clients`` keep whose update ``counted`` (C,), and forget it for the others."""
+        waiting: list[Staged] = []
+        for visit in self.staged:
+            together = np.array_equal(visit.clients, clients)  # as it is unless a transport divides blocks
+            writers = counted if together else np.isin(visit.clients, clients[counted])
+            for name, values in visit.states.items():
+                self.store.write(name, visit.clients[writers], values[writers])
+            if not together and len(rest := visit.without(clients)):
+                waiting.append(rest)
+        self.staged[:] = waiting
+
+    def discard(self) -> None:
+        """Forget what is staged: those clients were not heard."""
+        self.staged.clear()
 
 
 def fetch(rows: RowStore, source: str, needed: RowIds) -> NDArray[np.float32]:

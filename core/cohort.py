@@ -39,6 +39,17 @@ class Cohort:
     def __len__(self) -> int:
         return len(self.clients)
 
+    def places(self, clients: IntArray) -> IntArray:
+        """Where each of ``clients`` (n,) stands in the cohort, (n,); -1 for those who are not of it.
+
+        >>> Cohort(1, np.array([2, 5, 9]), 10).places(np.array([9, 3, 2])).tolist()
+        [2, -1, 0]
+        """
+        if not len(self):
+            return np.full(len(clients), -1, dtype=np.int64)
+        places = np.minimum(np.searchsorted(self.clients, clients), len(self) - 1)
+        return np.where(self.clients[places] == clients, places, -1)
+
 
 class Sampler(Protocol):
     """Chooses who takes part: the same draws give the same cohort."""

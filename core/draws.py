@@ -54,10 +54,15 @@ class Draws:
     """
 
     seed: int
+    scope: str = ""
+
+    def under(self, scope: str) -> Draws:
+        """The draws of one part of a whole: equal parts that draw for one purpose draw differently in each scope."""
+        return Draws(self.seed, f"{self.scope}{scope}/")
 
     def bits(self, purpose: str, *key: int | IntArray) -> IntArray:
         """64 random bits an entry, as int64."""
-        digest = hashlib.blake2b(f"{self.seed}:{purpose}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{self.seed}:{self.scope}{purpose}".encode(), digest_size=8).digest()
         state: IntArray = np.frombuffer(digest, dtype="<i8").astype(np.int64)
         shape = np.broadcast_shapes(*(np.shape(word) for word in key)) if key else ()
         with np.errstate(over="ignore"):

@@ -62,11 +62,13 @@ class Deciding:
 
     @hookspec(firstresult=True)
     def round_deadline(self, round: int) -> float | None:
-        """Seconds after the start of the round from which on updates are dropped."""
+        """Seconds after the start of the round from which on updates are dropped; the transport is told."""
 
     @hookspec(firstresult=True)
     def accept_update(self, update: Updates, plan: Plan) -> str | None:
-        """A reason to refuse this client's update (a block with C = 1); ``None`` has no objection."""
+        """A reason to refuse this client's update (a block with C = 1, decoded, and past the checks of
+        :mod:`fedtower.core.checking`); ``None`` has no objection.
+        """
 
     @hookspec(firstresult=True)
     def stop_run(self, report: RoundReport) -> str | None:
@@ -115,11 +117,21 @@ class Observing:
 
     @hookspec
     def update_received(self, round: int, updates: Updates) -> None:
-        """A block of updates has arrived and was accepted."""
+        """A block of updates has arrived, was decoded, and counts; its metric ``bytes_up`` is what came."""
+
+    @hookspec
+    def update_refused(self, round: int, client: int, reason: str, words: str) -> None:
+        """A client's update does not count, for one of the reasons of ``fedtower.core.checking.Reason``; ``words`` say
+        it to people.
+        """
 
     @hookspec
     def client_dropped(self, round: int, clients: np.ndarray, reason: str) -> None:
         """These clients do not count in this round."""
+
+    @hookspec
+    def privacy_spent(self, round: int, spent: Mapping[str, float]) -> None:
+        """What the run has spent with this round, by name, says the accountant."""
 
     @hookspec
     def round_finished(self, report: RoundReport) -> None:

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from fedtower.core.checking import CheckSettings
 from fedtower.core.discovery import Gate
 from fedtower.core.errors import MissingDependency, PluginError, RecipeError, nearest
 from fedtower.core.offers import Offer
@@ -18,6 +19,7 @@ from fedtower.core.registry import Registry, discover
 from fedtower.core.settings import Part, build, plain, settings_of
 
 __all__ = [
+    "CheckSettings",
     "CheckpointSettings",
     "DataSection",
     "EvaluationSettings",
@@ -111,6 +113,7 @@ class Recipe:
     transforms: tuple[Part, ...] = ()
     aggregator: Part = field(default_factory=lambda: Part("fedavg"))
     transport: Part = field(default_factory=lambda: Part("in_process"))
+    checks: CheckSettings = field(default_factory=CheckSettings)
     standalone: StandaloneSettings = field(default_factory=StandaloneSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)

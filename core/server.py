@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -27,6 +27,7 @@ class ServerState:
     optimizer: State = field(default_factory=dict)
     aggregator: State = field(default_factory=dict)
     generation: int = 0
+    accountant: State = field(default_factory=dict)
 
 
 class ServerOptimizer(Protocol):
@@ -88,7 +89,7 @@ def step(
             lr_scale,
         )
     generation = 0 if store is None else store.generation
-    return ServerState(state.round + 1, parameters, memory, state.aggregator, generation)
+    return replace(state, round=state.round + 1, parameters=parameters, optimizer=memory, generation=generation)
 
 
 def averaged(rows: Rows, average: Literal["cohort", "touched"], weight: float) -> NDArray[np.float32]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +17,10 @@ States = Mapping[str, NDArray[np.float32]]
 
 
 class Transform(Protocol):
-    """Changes updates. Client sides run first to last; decoding and finishing run last to first."""
+    """Changes updates. Client sides run first to last; decoding and finishing run last to first.
+
+    A client side may replace a dense delta by bytes (``Updates.encoded``), which its decoding gives back.
+    """
 
     def state(self, plan: Plan) -> Mapping[str, tuple[int, ...]]:
         """Names and shapes of what each client must keep for this transform between visits, zero at first; usually
@@ -27,36 +30,40 @@ class Transform(Protocol):
 
     def on_client(self, updates: Updates, state: States, draws: Draws) -> tuple[Updates, States]:
         """The updates of C clients as they leave their devices, and what the devices keep, ``state[name]`` (C,
-        *shape).
+        *shape). ``draws`` are those of this transform's position in the chain alone. What the devices keep is lost
+        when the server does not count their update.
         """
         ...
 
     def decode(self, block: Updates) -> Updates:
-        """A block as the aggregator is to see it."""
+        """A block as the aggregator is to see it; nothing in it has been checked.
+
+        Raises:
+            UpdateError: it is not what a client side sends; the round goes on without the clients that sent it.
+        """
         ...
 
     def finish(self, total: Updates, cohort: Cohort) -> Updates:
-        """The total of a cohort, corrected or protected."""
+        """The total of the clients of ``cohort``, corrected or protected; only those whose update counted are in it."""
         ...
 
 
 def on_client(
     transforms: Sequence[Transform], updates: Updates, states: Sequence[States], draws: Draws
 ) -> tuple[Updates, list[States]]:
-    """The client sides of all transforms, first to last, each with a state of its own."""
+    """The client sides of all transforms, first to last, each with a state and draws of its own."""
     kept: list[States] = []
-    for transform, state in zip(transforms, states, strict=True):
-        updates, state = transform.on_client(updates, state, draws)
+    for position, (transform, state) in enumerate(zip(transforms, states, strict=True)):
+        updates, state = transform.on_client(updates, state, draws.under(f"transforms.{position}"))
         kept.append(state)
     return updates, kept
 
 
-def decode(transforms: Sequence[Transform], blocks: Iterable[Updates]) -> Iterator[Updates]:
-    """Each block decoded, last transform first, as it comes."""
-    for block in blocks:
-        for transform in reversed(transforms):
-            block = transform.decode(block)
-        yield block
+def decode(transforms: Sequence[Transform], block: Updates) -> Updates:
+    """A block decoded, last transform first."""
+    for transform in reversed(transforms):
+        block = transform.decode(block)
+    return block
 
 
 def finish(transforms: Sequence[Transform], total: Updates, cohort: Cohort) -> Updates:

@@ -19,6 +19,12 @@ Visit = Callable[[Plan, NDArray[np.int64]], Updates]
 class Transport(Protocol):
     """Exchanges a plan for updates. A client whose update never comes is simply missing from the blocks."""
 
-    def exchange(self, plan: Plan, cohort: Cohort, visit: Visit, draws: Draws) -> Iterator[Updates]:
-        """Blocks of updates, lazily, as they come; ``visit`` is the client's half, for transports that run it here."""
+    def exchange(
+        self, plan: Plan, cohort: Cohort, visit: Visit, draws: Draws, deadline: float | None
+    ) -> Iterator[Updates]:
+        """Blocks of updates, lazily, as they come; ``visit`` is the client's half, for transports that run it here.
+
+        ``deadline`` is how many seconds from now on updates are of use; who waits for a network stops waiting then.
+        ``None`` sets no limit.
+        """
         ...

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtower.core.errors import ShapeMismatch
+from fedtower.core.jagged import Encoded, pick, refuse_offsets, stack_offsets
 
 FloatArray = NDArray[np.float32]
 WeightArray = NDArray[np.float64]
@@ -38,12 +39,7 @@ class Rows:
                 f"jagged rows need one delta (and, in a total, one weight) an id, but for {size} ids there are "
                 f"{len(self.row_deltas)} deltas{weights}"
             )
-        ends = self.offsets[[0, -1]].tolist() if len(self.offsets) else []
-        if ends != [0, size] or np.any(self.offsets[1:] < self.offsets[:-1]):
-            raise ShapeMismatch(
-                f"the offsets of {size} jagged rows must rise from 0 to {size}, but they are "
-                f"{self.offsets[:5].tolist()}... and end at {ends[-1:]}"
-            )
+        refuse_offsets(self.offsets, size, "jagged rows")
 
     @property
     def owners(self) -> IntArray:
@@ -51,9 +47,10 @@ class Rows:
         return np.repeat(np.arange(len(self.offsets) - 1, dtype=np.int64), np.diff(self.offsets))
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the rows as they are sent: 32 bits an id, the deltas, and 32 bits a client for how many it sends."""
-        return 4 * len(self.row_ids) + self.row_deltas.nbytes + 4 * (len(self.offsets) - 1)
+    def sizes(self) -> IntArray:
+        """Bytes of each client's rows as they are sent, (C,): 32 bits an id, the deltas, and 32 bits for how many."""
+        width = self.row_deltas.itemsize * int(np.prod(self.row_deltas.shape[1:]))
+        return np.diff(self.offsets) * (4 + width) + 4
 
     def slice(self, start: int, stop: int) -> Rows:
         """The rows of clients ``start`` to ``stop``."""
@@ -63,6 +60,12 @@ class Rows:
             self.offsets[start : stop + 1] - first, self.row_ids[first:last], self.row_deltas[first:last], weights
         )
 
+    def pick(self, positions: IntArray) -> Rows:
+        """The rows of the clients at ``positions``, in that order."""
+        offsets, entries = pick(self.offsets, positions)
+        weights = None if self.row_weights is None else self.row_weights[entries]
+        return Rows(offsets, self.row_ids[entries], self.row_deltas[entries], weights)
+
 
 @dataclass(frozen=True)
 class Updates:
@@ -70,10 +73,11 @@ class Updates:
 
     Shape:
         ``weights`` (C,); ``dense[name]`` (C, *shape); ``rows[table]`` jagged, see :class:`Rows`; ``clients`` and
-        ``rounds`` (C,), both absent in a total; ``metrics[name]`` (C,).
+        ``rounds`` (C,), both absent in a total; ``metrics[name]`` (C,); ``encoded[name]``: on its way, in place of
+        ``dense[name]``, see :class:`fedtower.core.jagged.Encoded`.
 
     Raises:
-        ShapeMismatch: a leading axis that is not C.
+        ShapeMismatch: a leading axis that is not C, or a parameter that is there both dense and encoded.
     """
 
     weights: WeightArray
@@ -82,6 +86,7 @@ class Updates:
     clients: IntArray | None = None
     rounds: IntArray | None = None
     metrics: Mapping[str, WeightArray] = field(default_factory=dict)
+    encoded: Mapping[str, Encoded] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         count = len(self.weights)
@@ -95,32 +100,44 @@ class Updates:
                 raise ShapeMismatch(
                     f"a block of {count} clients needs {name!r} with {count} entries, but its shape is {array.shape}"
                 )
-        for table, rows in self.rows.items():
-            if len(rows.offsets) != count + 1:
+        jagged = {f"table {table!r}": rows.offsets for table, rows in self.rows.items()}
+        jagged |= {f"the encoded {name!r}": part.offsets for name, part in self.encoded.items()}
+        for name, offsets in jagged.items():
+            if len(offsets) != count + 1:
                 raise ShapeMismatch(
-                    f"a block of {count} clients needs {count + 1} offsets for table {table!r}, but it has "
-                    f"{len(rows.offsets)}"
+                    f"a block of {count} clients needs {count + 1} offsets for {name}, but it has {len(offsets)}"
                 )
+        for name in self.encoded.keys() & self.dense.keys():
+            raise ShapeMismatch(f"{name!r} is there both dense and encoded, and only one of them can be meant")
 
     def __len__(self) -> int:
         return len(self.weights)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of this block as it would be sent: deltas, rows, and 64 bits a client for its weight. Ids, rounds and
-        metrics are not counted; how clients are divided into blocks makes no difference.
+    def sizes(self) -> IntArray:
+        """Bytes of each client as it would be sent, (C,): deltas, encoded or not, rows, and 64 bits for its weight.
+        Ids, rounds and metrics are not counted.
         """
-        return (
-            sum(delta.nbytes for delta in self.dense.values())
-            + sum(rows.nbytes for rows in self.rows.values())
-            + 8 * len(self)
-        )
+        dense = sum(delta.itemsize * int(np.prod(delta.shape[1:])) for delta in self.dense.values())
+        sizes = np.full(len(self), dense + 8, dtype=np.int64)
+        for jagged in ([rows.sizes for rows in self.rows.values()], [part.sizes for part in self.encoded.values()]):
+            for each in jagged:
+                sizes += each
+        return sizes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this block as it would be sent; how clients are divided into blocks makes no difference."""
+        return int(self.sizes.sum())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """What each client of the block sends: the shape of each delta by name, and of one row by ``rows of TABLE``."""
+        """What each client of the block sends: the shape of each delta by name, of one row by ``rows of TABLE``, and of
+        what an encoded delta will be by ``NAME in CODEC``.
+        """
+        dense = {name: delta.shape[1:] for name, delta in self.dense.items()}
         rows = {f"rows of {table}": part.row_deltas.shape[1:] for table, part in self.rows.items()}
-        return {name: delta.shape[1:] for name, delta in self.dense.items()} | rows
+        return dense | rows | {f"{name} in {part.codec}": part.shape for name, part in self.encoded.items()}
 
     def who(self, among: NDArray[np.bool_] | None = None) -> str:
         """The clients of this block, or those of them for which ``among`` (C,) is true, as an error names them.
@@ -134,8 +151,20 @@ class Updates:
         rest = f" and {len(chosen) - 8} more" if len(chosen) > 8 else ""
         return f"the clients {self.clients[chosen[:8]].tolist()}{rest}"
 
+    def pick(self, positions: IntArray) -> Updates:
+        """The clients at ``positions``, in that order; a copy."""
+        return Updates(
+            weights=self.weights[positions],
+            dense={name: delta[positions] for name, delta in self.dense.items()},
+            rows={table: rows.pick(positions) for table, rows in self.rows.items()},
+            clients=None if self.clients is None else self.clients[positions],
+            rounds=None if self.rounds is None else self.rounds[positions],
+            metrics={name: values[positions] for name, values in self.metrics.items()},
+            encoded={name: part.pick(positions) for name, part in self.encoded.items()},
+        )
+
     def slice(self, start: int, stop: int) -> Updates:
-        """The clients ``start`` to ``stop`` of this block."""
+        """The clients ``start`` to ``stop`` of this block; their deltas are not copied."""
         return Updates(
             weights=self.weights[start:stop],
             dense={name: delta[start:stop] for name, delta in self.dense.items()},
@@ -143,6 +172,7 @@ class Updates:
             clients=None if self.clients is None else self.clients[start:stop],
             rounds=None if self.rounds is None else self.rounds[start:stop],
             metrics={name: values[start:stop] for name, values in self.metrics.items()},
+            encoded={name: part.pick(np.arange(start, stop)) for name, part in self.encoded.items()},
         )
 
 
@@ -170,6 +200,7 @@ def stack(blocks: Iterable[Updates]) -> Updates:
             for name in first.metrics
             if all(name in block.metrics for block in held)
         },
+        encoded={name: _stack_encoded([block.encoded[name] for block in held]) for name in first.encoded},
     )
 
 
@@ -192,11 +223,19 @@ def _shapes_in_words(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _stack_rows(parts: list[Rows]) -> Rows:
-    lengths = np.concatenate([np.diff(rows.offsets) for rows in parts])
     return Rows(
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        offsets=stack_offsets([rows.offsets for rows in parts]),
         row_ids=np.concatenate([rows.row_ids for rows in parts]),
         row_deltas=np.concatenate([rows.row_deltas for rows in parts]),
+    )
+
+
+def _stack_encoded(parts: list[Encoded]) -> Encoded:
+    return Encoded(
+        codec=parts[0].codec,
+        shape=parts[0].shape,
+        offsets=stack_offsets([part.offsets for part in parts]),
+        payload=np.concatenate([part.payload for part in parts]),
     )
 
 

@@ -163,6 +163,7 @@ class Federated:
             hooks=setting.hooks,
             draws=setting.draws,
             clock=setting.clock,
+            checks=recipe.checks,
         )
         parameters = self._model.declared.parameters()
         self._state = ServerState(0, parameters, optimizer.init(parameters))
@@ -186,6 +187,7 @@ class Federated:
             **under("parameters", state.parameters),
             **under("optimizer", state.optimizer),
             **under("aggregator", state.aggregator),
+            **under("accountant", state.accountant),
             **self._model.snapshot(),
         }
 
@@ -202,6 +204,7 @@ class Federated:
             parameters=shared_parameters(arrays, self._state.parameters),
             optimizer=grouped(arrays, "optimizer"),
             aggregator=grouped(arrays, "aggregator"),
+            accountant=grouped(arrays, "accountant"),
             generation=0 if self._model.tables is None else self._model.tables.generation,
         )
 

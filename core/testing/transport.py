@@ -18,7 +18,9 @@ from fedtower.core.updates import Updates
 class TransportPromises(Promises):
     """``make`` gives a transport that reaches clients by visiting them here."""
 
-    def exchange(self, clients: int, seed: int = 7) -> tuple[list[Updates], list[int], Plan]:
+    def exchange(
+        self, clients: int, seed: int = 7, deadline: float | None = None
+    ) -> tuple[list[Updates], list[int], Plan]:
         """The blocks that come back from a cohort, the clients that were visited, and the plan."""
         plan, visited = examples.plan(), list[int]()
 
@@ -34,7 +36,7 @@ class TransportPromises(Promises):
 
         cohort = Cohort(plan.round, 5 * np.arange(clients, dtype=np.int64), 5 * clients + 1)
         transport: Transport = self.made()
-        return list(transport.exchange(plan, cohort, visit, Draws(seed))), visited, plan
+        return list(transport.exchange(plan, cohort, visit, Draws(seed), deadline=None)), visited, plan
 
     @pytest.mark.parametrize("clients", [1, 2, 200])
     def test_a_client_is_visited_at_most_once_and_belongs_to_the_cohort(self, clients: int) -> None:

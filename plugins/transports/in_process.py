@@ -36,7 +36,9 @@ class InProcess:
         if not 0 <= self.dropout < 1:
             raise RecipeError(f"transport.dropout must be from 0 to below 1, not {self.dropout}")
 
-    def exchange(self, plan: Plan, cohort: Cohort, visit: Visit, draws: Draws) -> Iterator[Updates]:
+    def exchange(
+        self, plan: Plan, cohort: Cohort, visit: Visit, draws: Draws, deadline: float | None
+    ) -> Iterator[Updates]:
         clients = cohort.clients
         if self.dropout:
             clients = clients[draws.uniform("dropout", plan.round, clients) >= self.dropout]

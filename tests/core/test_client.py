@@ -115,6 +115,13 @@ def side(*transforms: Transform, hooks: Hooks | None = None, device: bool = True
     return made
 
 
+def visit(client: ClientSide, *clients: int) -> Updates:
+    """A visit after which everybody's update counted."""
+    updates = client.visit(PLAN, ids(*clients))
+    client.settle(ids(*clients), np.ones(len(clients), dtype=bool))
+    return updates
+
+
 def given(client: ClientSide) -> list[Work]:
     assert isinstance(client.runtime, Doubling)
     return client.runtime.given
@@ -143,8 +150,8 @@ def test_what_leaves_is_new_minus_old() -> None:
 
 def test_what_stays_on_the_device_is_not_sent_and_is_there_next_time() -> None:
     client = side()
-    first = client.visit(PLAN, ids(1, 2))
-    client.visit(PLAN, ids(2, 3))
+    first = visit(client, 1, 2)
+    visit(client, 2, 3)
     assert "mine" not in first.dense
     assert client.store.read("mine", ids(0, 1, 2, 3)).ravel().tolist() == [5, 10, 20, 10]
 
@@ -164,7 +171,7 @@ def test_rows_that_are_frozen_are_fetched_and_not_sent() -> None:
 
 def test_each_transform_keeps_a_state_for_each_client() -> None:
     client = side(Visits(), Visits(times=10))
-    deltas = [client.visit(PLAN, clients).dense["w"][:, 0].tolist() for clients in (ids(1, 2), ids(2, 3), ids(2))]
+    deltas = [visit(client, *clients).dense["w"][:, 0].tolist() for clients in ((1, 2), (2, 3), (2,))]
     assert deltas == [[1, 1], [1 + 11, 1], [1 + 22]]
     for position in (0, 1):
         assert client.store.read(f"transforms.{position}.visits", ids(0, 1, 2, 3)).tolist() == [0, 1, 3, 1]
@@ -173,8 +180,8 @@ def test_each_transform_keeps_a_state_for_each_client() -> None:
 def test_who_else_is_in_the_block_changes_no_bit() -> None:
     together, alone = side(Visits()), side(Visits())
     for _ in range(2):
-        block = together.visit(PLAN, ids(0, 3, 4))
-        assert_same_bits(stack(alone.visit(PLAN, ids(client)) for client in (0, 3, 4)), block)
+        block = visit(together, 0, 3, 4)
+        assert_same_bits(stack(visit(alone, client) for client in (0, 3, 4)), block)
     assert_same_bits(dict(alone.store.snapshot()), dict(together.store.snapshot()))
 
 
@@ -191,8 +198,8 @@ def test_a_wrapper_sees_plan_and_clients_and_its_result_is_the_one_that_counts()
     hooks = Hooks.none(pytest.fail)
     hooks.add(Negating(), "negating")
     client = side(Visits(), hooks=hooks)
-    client.visit(PLAN, ids(1, 2))
-    updates = client.visit(PLAN, ids(2))
+    visit(client, 1, 2)
+    updates = visit(client, 2)
     assert seen == [(4, [1, 2], [[10], [10]]), (4, [2], [[0]])]
     assert updates.dense["w"].tolist() == [[-1 + 1, -2 + 1, -3 + 1]], "transforms come after the wrapper"
     assert client.store.read("mine", ids(2)).tolist() == [[0]]
@@ -208,3 +215,34 @@ def test_a_model_without_rows_and_without_device_state_needs_no_store_of_them() 
     assert updates.rows == {}
     assert updates.metrics["bytes_down"].tolist() == [12, 12]
     assert client.store.names == ()
+
+
+def test_nothing_is_kept_before_the_server_has_spoken() -> None:
+    client = side(Visits())
+    first, second = client.visit(PLAN, ids(1, 2)), client.visit(PLAN, ids(1, 2))
+    assert_same_bits(first, second)
+    assert client.store.read("mine", ids(1, 2)).tolist() == [[5], [5]]
+
+
+def test_what_counted_is_kept_and_what_did_not_is_forgotten() -> None:
+    client = side(Visits())
+    client.visit(PLAN, ids(1, 2))
+    client.visit(PLAN, ids(3, 4, 5))
+    client.settle(ids(1, 2), np.array([False, True]))
+    client.settle(ids(5, 3), np.array([True, True]))  # a transport may divide a block, and turn it round
+    assert [staged.clients.tolist() for staged in client.staged] == [[4]]
+    client.discard()
+    client.settle(ids(4), np.array([True]))
+    assert client.store.read("mine", ids(1, 2, 3, 4, 5)).ravel().tolist() == [5, 10, 10, 5, 10]
+    assert client.store.read("transforms.0.visits", ids(1, 2, 3, 4, 5)).tolist() == [0, 1, 1, 0, 1]
+
+
+def test_a_block_knows_the_rows_it_was_given_until_it_is_settled() -> None:
+    client = side()
+    client.visit(PLAN, ids(1, 2))
+    leased = client.leased(ids(1, 2))
+    assert leased is not None
+    assert (leased["item"].rows.ids.tolist(), leased["item"].width) == ([0, 0, 1], 2)
+    assert client.leased(ids(1)) is None
+    client.settle(ids(1, 2), np.array([True, False]))
+    assert client.leased(ids(1, 2)) is None

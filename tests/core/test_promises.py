@@ -153,8 +153,8 @@ MUTANTS = {
     "Twice(TransportPromises)": (
         """
         class make(InProcess):
-            def exchange(self, plan, cohort, visit, draws):
-                for block in super().exchange(plan, cohort, visit, draws):
+            def exchange(self, plan, cohort, visit, draws, deadline):
+                for block in super().exchange(plan, cohort, visit, draws, deadline):
                     yield block
                     yield block
         """,
@@ -163,7 +163,7 @@ MUTANTS = {
     "Silent(TransportPromises)": (
         """
         class make(InProcess):
-            def exchange(self, plan, cohort, visit, draws):
+            def exchange(self, plan, cohort, visit, draws, deadline):
                 return iter(())
         """,
         {"somebody_answers"},

@@ -25,7 +25,7 @@ def visit(plan: Plan, clients: NDArray[np.int64]) -> Updates:
 def blocks(transport: InProcess, clients: int, round: int = 1) -> list[list[int]]:
     """The clients of each block of a cohort of everybody."""
     everybody = Cohort(round, np.arange(clients), clients)
-    answered = transport.exchange(examples.plan(round), everybody, visit, Draws(7))
+    answered = transport.exchange(examples.plan(round), everybody, visit, Draws(7), None)
     return [[] if block.clients is None else block.clients.tolist() for block in answered]
 
 
@@ -40,7 +40,7 @@ def test_a_block_is_visited_when_it_is_asked_for() -> None:
         visited.extend(clients.tolist())
         return visit(plan, clients)
 
-    answers = InProcess(block=2).exchange(examples.plan(), Cohort(1, np.arange(6), 6), noting, Draws(7))
+    answers = InProcess(block=2).exchange(examples.plan(), Cohort(1, np.arange(6), 6), noting, Draws(7), None)
     assert visited == []
     next(answers)
     assert visited == [0, 1]
@@ -66,7 +66,7 @@ def test_those_who_vanish_are_not_visited() -> None:
         return visit(plan, clients)
 
     transport = InProcess(dropout=0.5)
-    answers = transport.exchange(examples.plan(), Cohort(1, np.arange(100), 100), noting, Draws(7))
+    answers = transport.exchange(examples.plan(), Cohort(1, np.arange(100), 100), noting, Draws(7), None)
     heard = [int(client) for block in answers if block.clients is not None for client in block.clients]
     assert visited == heard
 

@@ -1,0 +1,215 @@
+"""Checking: what an update must be before it counts. Plain functions over a block, and a typed reason for each refusal.
+
+Whoever takes updates in asks the same questions: a round of a simulation, and the server's door before it says that an
+update was accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedtower.core.aggregation import GRID, LIMIT
+from fedtower.core.cohort import Cohort
+from fedtower.core.errors import RecipeError
+from fedtower.core.plan import Plan
+from fedtower.core.rows import RowIds
+from fedtower.core.updates import Rows, Updates
+
+Mask = NDArray[np.bool_]
+FloatArray = NDArray[np.float64]
+
+
+class Reason(StrEnum):
+    """Why an update does not count."""
+
+    NOT_ASKED = "not_asked"
+    REPEATED = "repeated"
+    OTHER_ROUND = "other_round"
+    UNDECODABLE = "undecodable"
+    WRONG_NAMES = "wrong_names"
+    WRONG_SHAPE = "wrong_shape"
+    WRONG_DTYPE = "wrong_dtype"
+    WEIGHT = "weight"
+    NUM_EXAMPLES = "num_examples"
+    NOT_FINITE = "not_finite"
+    TOO_LARGE = "too_large"
+    NORM = "norm"
+    ROW_REPEATED = "row_repeated"
+    ROW_NOT_LEASED = "row_not_leased"
+    PLUGIN = "plugin"
+
+
+WORDS: Mapping[Reason, str] = {
+    Reason.NOT_ASKED: "it is not of the cohort",
+    Reason.REPEATED: "an update of it has come already",
+    Reason.OTHER_ROUND: "its update is of another round",
+    Reason.UNDECODABLE: "its bytes are not what the transforms send; are client and server of one version?",
+    Reason.WRONG_NAMES: "it sent other parameters or tables than the plan's; is it on an older plan?",
+    Reason.WRONG_SHAPE: "it sent parameters in other shapes than the plan's; is it on an older plan?",
+    Reason.WRONG_DTYPE: "its deltas are not 32-bit floats",
+    Reason.WEIGHT: "its weight is not a number, or negative",
+    Reason.NUM_EXAMPLES: "it says it has more examples than checks.max_examples",
+    Reason.NOT_FINITE: "its update is not finite; if it is everybody's, lower local.lr",
+    Reason.TOO_LARGE: "its update is too large to sum exactly; if it is everybody's, lower local.lr or add 'clip'",
+    Reason.NORM: "its update is longer than checks.max_norm; if it is everybody's, add 'clip' or raise the bound",
+    Reason.ROW_REPEATED: "it sent a row more than once",
+    Reason.ROW_NOT_LEASED: "it sent rows that it was not given",
+    Reason.PLUGIN: "a plugin's accept_update refused it",
+}
+
+
+@dataclass(frozen=True)
+class CheckSettings:
+    """What an update may be at most, besides what it must be."""
+
+    max_norm: float | None = field(
+        default=None, metadata={"help": "refuse an update (all deltas as one vector) longer than this"}
+    )
+    max_examples: int | None = field(
+        default=None, metadata={"help": "refuse an update that says it was made from more examples than this"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("max_norm", "max_examples"):
+            bound = getattr(self, name)
+            if bound is not None and not bound > 0:
+                raise RecipeError(f"checks.{name} must be above 0, not {bound}; leave it out to set no bound")
+
+
+@dataclass(frozen=True)
+class Leased:
+    """What each client of a block was given of a table: the rows, and how wide one is."""
+
+    rows: RowIds
+    width: int
+
+
+def check(
+    block: Updates, plan: Plan, cohort: Cohort, settings: CheckSettings, leased: Mapping[str, Leased] | None = None
+) -> list[Reason | None]:
+    """For each client of a decoded block the first reason to refuse its update, or ``None``.
+
+    ``leased`` is what the clients of the block were given, by table, in the order of the block; ``None`` where that is
+    not known.
+    """
+    verdict: list[Reason | None] = [None] * len(block)
+    wrong = _form(block, plan, leased)
+    if wrong is not None:  # a block has one form: what does not fit can be looked at no further
+        return [wrong] * len(block)
+    for reason, refused in _refusals(block, plan, cohort, settings, leased or {}).items():
+        if np.any(refused):
+            verdict = [held or (reason if bad else None) for held, bad in zip(verdict, refused, strict=True)]
+    return verdict
+
+
+def _form(block: Updates, plan: Plan, leased: Mapping[str, Leased] | None) -> Reason | None:
+    """The reason for which nobody's update in this block can be used: names, shapes, types."""
+    known = block.rows.keys() <= (leased.keys() if leased is not None else block.rows.keys())
+    if block.encoded:
+        return Reason.UNDECODABLE
+    if block.dense.keys() != plan.parameters.keys() or not known or (block.rows and not plan.train_rows):
+        return Reason.WRONG_NAMES
+    if any(delta.shape[1:] != plan.parameters[name].shape for name, delta in block.dense.items()):
+        return Reason.WRONG_SHAPE
+    widths = {table: (given.width,) for table, given in (leased or {}).items()}
+    if any(part.row_deltas.shape[1:] != widths.get(t, part.row_deltas.shape[1:]) for t, part in block.rows.items()):
+        return Reason.WRONG_SHAPE
+    deltas = [*block.dense.values(), *(part.row_deltas for part in block.rows.values())]
+    return None if all(delta.dtype == np.float32 for delta in deltas) else Reason.WRONG_DTYPE
+
+
+def _refusals(
+    block: Updates, plan: Plan, cohort: Cohort, settings: CheckSettings, leased: Mapping[str, Leased]
+) -> dict[Reason, Mask]:
+    """For each reason the clients (C,) that it is true of; what comes first is said first."""
+    nobody = np.zeros(len(block), dtype=bool)
+    unfit = ~np.isfinite(block.weights) | (block.weights < 0)
+    weights = np.where(unfit, 0.0, block.weights)
+    reach = _reach(block)
+    down = block.metrics.get("bytes_down", np.zeros(len(block)))
+    with np.errstate(over="ignore", invalid="ignore"):  # what is infinite is too large, and what is NaN not finite
+        too_large = weights * np.fmax(reach, 1.0) > _share(len(cohort))
+    refusals = {
+        Reason.NOT_ASKED: nobody if block.clients is None else cohort.places(block.clients) < 0,
+        Reason.OTHER_ROUND: nobody if block.rounds is None else block.rounds != plan.round,
+        Reason.WEIGHT: unfit,
+        Reason.NUM_EXAMPLES: nobody if settings.max_examples is None else block.weights > settings.max_examples,
+        Reason.NOT_FINITE: ~np.isfinite(reach) | ~np.isfinite(down) | (down < 0),
+        Reason.TOO_LARGE: too_large,
+    }
+    if settings.max_norm is not None:
+        refusals[Reason.NORM] = ~(_norm(block) <= settings.max_norm)
+    refusals[Reason.ROW_REPEATED] = _of_rows(block, lambda table, part: _repeated(part))
+    refusals[Reason.ROW_NOT_LEASED] = _of_rows(
+        block, lambda table, part: _strange(part, leased[table].rows) if table in leased else part.row_ids < 0
+    )
+    return refusals
+
+
+def _share(clients: int) -> float:
+    """How large weight times delta of one client may be. If none of up to 1,024 is larger, their sum on the grid cannot
+    leave its range; a larger cohort is not held to less, because so many clients are not at the limit together.
+    """
+    return LIMIT * GRID / min(max(clients, 1), 1024)
+
+
+def _reach(block: Updates) -> FloatArray:
+    """The largest value of each client's deltas without its sign, (C,); NaN where one is not a number."""
+    reach = np.zeros(len(block))
+    for delta in block.dense.values():
+        flat = delta.reshape(len(block), -1)
+        if flat.size:  # a maximum passes NaN on
+            reach = np.maximum(reach, np.maximum(flat.max(axis=1), -flat.min(axis=1)))
+    for part in block.rows.values():
+        if part.row_deltas.size:
+            flat = part.row_deltas.reshape(len(part.row_deltas), -1)
+            np.maximum.at(reach, part.owners, np.maximum(flat.max(axis=1), -flat.min(axis=1)))
+    return reach
+
+
+def _norm(block: Updates) -> FloatArray:
+    """The Euclidean norm of everything that each client sends, (C,)."""
+    squares = np.zeros(len(block))
+    for delta in block.dense.values():
+        squares += np.square(delta.reshape(len(block), -1), dtype=np.float64).sum(axis=1)
+    for part in block.rows.values():
+        flat = np.square(part.row_deltas.reshape(len(part.row_deltas), -1), dtype=np.float64)
+        squares += np.bincount(part.owners, weights=flat.sum(axis=1), minlength=len(block))
+    return np.sqrt(squares)
+
+
+def _of_rows(block: Updates, entries: Callable[[str, Rows], Mask]) -> Mask:
+    """The clients (C,) one of whose row entries is found by ``entries``."""
+    found = np.zeros(len(block), dtype=bool)
+    for table, part in block.rows.items():
+        wrong = entries(table, part)
+        if np.any(wrong):
+            found[part.owners[wrong]] = True
+    return found
+
+
+def _repeated(part: Rows) -> Mask:
+    """The entries (R,) whose row the same client has sent already."""
+    owners, again = part.owners, np.zeros(len(part.row_ids), dtype=bool)
+    if np.all((part.row_ids[1:] > part.row_ids[:-1]) | (owners[1:] > owners[:-1])):
+        return again  # sorted within each client, as runtimes leave them
+    order = np.lexsort((part.row_ids, owners))
+    ids, owners = part.row_ids[order], owners[order]
+    again[order[1:]] = (ids[1:] == ids[:-1]) & (owners[1:] == owners[:-1])
+    return again
+
+
+def _strange(part: Rows, given: RowIds) -> Mask:
+    """The entries (R,) whose row was not given to the client that sent it."""
+    if np.array_equal(part.row_ids, given.ids) and np.array_equal(part.offsets, given.offsets):
+        return np.zeros(len(part.row_ids), dtype=bool)
+    span = int(given.ids.max(initial=-1)) + 1
+    within = (part.row_ids >= 0) & (part.row_ids < span)
+    owners = np.repeat(np.arange(len(given.offsets) - 1, dtype=np.int64), np.diff(given.offsets))
+    keys = part.owners * span + np.where(within, part.row_ids, 0)
+    return ~(within & np.isin(keys, owners * span + given.ids))

@@ -1,0 +1,38 @@
+"""Signer and Verifier: the seams by which a device knows that what it is sent comes from its server."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from fedtower.core.errors import FedtowerError
+
+
+class SignatureError(FedtowerError):
+    """Something is signed by nobody who is trusted here, or was altered after it was signed."""
+
+    exit_code = 10
+
+
+class Signer(Protocol):
+    """Holds a private key."""
+
+    @property
+    def key_id(self) -> str:
+        """Which key this is: short, printable, and the same for the public half."""
+        ...
+
+    def sign(self, data: bytes) -> bytes:
+        """The signature of ``data``, without ``data``."""
+        ...
+
+
+class Verifier(Protocol):
+    """Holds the public keys that are trusted."""
+
+    def verify(self, data: bytes, signature: bytes, key_id: str) -> None:
+        """Return if the key ``key_id`` is trusted and has signed just ``data``.
+
+        Raises:
+            SignatureError: it is not, or it has not; nothing of ``data`` may be looked at.
+        """
+        ...
