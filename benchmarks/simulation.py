@@ -314,6 +314,7 @@ def measure(workload: Workload, names: Sequence[str], registry: Registry, args: 
         try:
             sides[name] = workload.side(_runtime(name, registry))
             sides[name].visit(workload.plan(1), cohort_of(0, args.cohort))  # may compile
+            sides[name].discard()
         except Exception as error:  # an engine that cannot run this workload is told, and the others are measured
             failed[name] = f"{type(error).__name__}: {error}"
             sides.pop(name, None)
@@ -323,7 +324,9 @@ def measure(workload: Workload, names: Sequence[str], registry: Registry, args: 
         for name, side in sides.items():
             cpu, started = cpu_seconds(), time.perf_counter()
             for first in range(0, len(clients), args.block):
-                side.visit(plan, clients[first : first + args.block])
+                block = clients[first : first + args.block]
+                side.visit(plan, block)
+                side.settle(block, np.ones(len(block), dtype=bool))  # everybody's update counts
             figures[name].seconds.append(time.perf_counter() - started)
             figures[name].cpu.append(cpu_seconds() - cpu)
     rows = {

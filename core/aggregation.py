@@ -53,6 +53,11 @@ class GridSum:
         """Take in a block, each client times its weight in ``weights`` (C,), which need not be the block's own."""
         if not len(block):
             return
+        if block.encoded:
+            raise UpdateError(
+                f"{block.who()} sent {sorted(block.encoded)} encoded, and no transform's decode gave them back; the "
+                f"transform that encodes must be in the recipe of the server too"
+            )
         for given in (block.weights, weights):
             unfit = ~np.isfinite(given) | (given < 0)
             if np.any(unfit):

@@ -6,7 +6,7 @@ update was accepted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -134,6 +134,7 @@ def _refusals(
     down = block.metrics.get("bytes_down", np.zeros(len(block)))
     with np.errstate(over="ignore", invalid="ignore"):  # what is infinite is too large, and what is NaN not finite
         too_large = weights * np.fmax(reach, 1.0) > _share(len(cohort))
+    strange = {name: part for name, part in block.rows.items() if name not in leased or not _same(part, leased[name])}
     refusals = {
         Reason.NOT_ASKED: nobody if block.clients is None else cohort.places(block.clients) < 0,
         Reason.OTHER_ROUND: nobody if block.rounds is None else block.rounds != plan.round,
@@ -144,10 +145,10 @@ def _refusals(
     }
     if settings.max_norm is not None:
         refusals[Reason.NORM] = ~(_norm(block) <= settings.max_norm)
-    refusals[Reason.ROW_REPEATED] = _of_rows(block, lambda table, part: _repeated(part))
-    refusals[Reason.ROW_NOT_LEASED] = _of_rows(
-        block, lambda table, part: _strange(part, leased[table].rows) if table in leased else part.row_ids < 0
-    )
+    for table, part in strange.items():
+        given = part.row_ids >= 0 if table not in leased else _given(part, leased[table].rows)
+        for reason, entries in ((Reason.ROW_REPEATED, _repeated(part)), (Reason.ROW_NOT_LEASED, ~given)):
+            refusals[reason] = refusals.get(reason, nobody) | _owners_of(part, entries)
     return refusals
 
 
@@ -159,17 +160,30 @@ def _share(clients: int) -> float:
 
 
 def _reach(block: Updates) -> FloatArray:
-    """The largest value of each client's deltas without its sign, (C,); NaN where one is not a number."""
+    """How large no delta of each client is, (C,): the largest of the block, where that is harmless, and else of each
+    client by itself; NaN where one is not a number.
+    """
+    arrays = [*block.dense.values(), *(part.row_deltas for part in block.rows.values())]
+    largest = max((_largest(array.reshape(1, -1))[0] for array in arrays), default=0.0, key=_nan_first)
+    if largest <= 1.0:  # one pass at the speed of memory; a second one only where something may be wrong
+        return np.full(len(block), largest)
     reach = np.zeros(len(block))
     for delta in block.dense.values():
-        flat = delta.reshape(len(block), -1)
-        if flat.size:  # a maximum passes NaN on
-            reach = np.maximum(reach, np.maximum(flat.max(axis=1), -flat.min(axis=1)))
+        reach = np.maximum(reach, _largest(delta.reshape(len(block), -1)))
     for part in block.rows.values():
-        if part.row_deltas.size:
-            flat = part.row_deltas.reshape(len(part.row_deltas), -1)
-            np.maximum.at(reach, part.owners, np.maximum(flat.max(axis=1), -flat.min(axis=1)))
+        with np.errstate(invalid="ignore"):  # NaN is what is looked for
+            np.maximum.at(reach, part.owners, _largest(part.row_deltas.reshape(len(part.row_deltas), -1)))
     return reach
+
+
+def _largest(values: NDArray[np.float32]) -> FloatArray:
+    """The largest of each line of (n, m), without its sign; NaN where one is not a number."""
+    most, least = values.max(axis=1, initial=0.0), values.min(axis=1, initial=0.0)
+    return np.asarray(np.maximum(most, -least), dtype=np.float64)
+
+
+def _nan_first(value: float) -> float:
+    return np.inf if np.isnan(value) else value
 
 
 def _norm(block: Updates) -> FloatArray:
@@ -183,14 +197,17 @@ def _norm(block: Updates) -> FloatArray:
     return np.sqrt(squares)
 
 
-def _of_rows(block: Updates, entries: Callable[[str, Rows], Mask]) -> Mask:
-    """The clients (C,) one of whose row entries is found by ``entries``."""
-    found = np.zeros(len(block), dtype=bool)
-    for table, part in block.rows.items():
-        wrong = entries(table, part)
-        if np.any(wrong):
-            found[part.owners[wrong]] = True
+def _owners_of(part: Rows, entries: Mask) -> Mask:
+    """The clients (C,) to whom one of the ``entries`` (R,) belongs."""
+    found = np.zeros(len(part.offsets) - 1, dtype=bool)
+    if np.any(entries):
+        found[part.owners[entries]] = True
     return found
+
+
+def _same(part: Rows, given: Leased) -> bool:
+    """Whether the rows are just those that were given, as runtimes leave them."""
+    return np.array_equal(part.row_ids, given.rows.ids) and np.array_equal(part.offsets, given.rows.offsets)
 
 
 def _repeated(part: Rows) -> Mask:
@@ -204,12 +221,10 @@ def _repeated(part: Rows) -> Mask:
     return again
 
 
-def _strange(part: Rows, given: RowIds) -> Mask:
-    """The entries (R,) whose row was not given to the client that sent it."""
-    if np.array_equal(part.row_ids, given.ids) and np.array_equal(part.offsets, given.offsets):
-        return np.zeros(len(part.row_ids), dtype=bool)
+def _given(part: Rows, given: RowIds) -> Mask:
+    """The entries (R,) whose row was given to the client that sent it."""
     span = int(given.ids.max(initial=-1)) + 1
     within = (part.row_ids >= 0) & (part.row_ids < span)
     owners = np.repeat(np.arange(len(given.offsets) - 1, dtype=np.int64), np.diff(given.offsets))
     keys = part.owners * span + np.where(within, part.row_ids, 0)
-    return ~(within & np.isin(keys, owners * span + given.ids))
+    return within & np.isin(keys, owners * span + given.ids)

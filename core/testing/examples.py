@@ -92,6 +92,7 @@ def report(round: int = 1) -> RoundReport:
         bytes_down=9_000,
         seconds=0.25,
         metrics={"clipped": 0.5},
+        refused={"norm": 1},
     )
 
 

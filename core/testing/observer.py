@@ -94,6 +94,8 @@ def a_run(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
             ("round_started", {"round": round, "cohort": examples.cohort(round)}),
             ("update_received", {"round": round, "updates": examples.updates(6, round=round)}),
             ("client_dropped", {"round": round, "clients": np.array([20]), "reason": "sent no update that counted"}),
+            ("update_refused", {"round": round, "client": 20, "reason": "norm", "words": "its update is too long"}),
+            ("privacy_spent", {"round": round, "spent": {"epsilon": 0.5 * round, "delta": 1e-6}}),
             ("round_finished", {"report": examples.report(round)}),
         ]
     return [

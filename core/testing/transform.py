@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from fedtower.core.draws import Draws
+from fedtower.core.errors import UpdateError
+from fedtower.core.jagged import Encoded
 from fedtower.core.testing import examples
 from fedtower.core.testing.promises import Promises, Untouched, assert_close, assert_same_bits
 from fedtower.core.transform import States, Transform
@@ -73,6 +75,14 @@ class TransformPromises(Promises):
         assert all(np.all(np.isfinite(delta)) for delta in decoded.dense.values())
         assert all(np.all(np.isfinite(part.row_deltas)) for part in decoded.rows.values())
 
+    def test_encoded_bytes_that_were_cut_are_refused(self) -> None:
+        sent, _ = self.visit(examples.updates(7))
+        for name, part in sent.encoded.items():
+            whole = [part.part(client).tobytes() for client in range(7)]
+            cut = Encoded.of(part.codec, part.shape, [*whole[:-1], whole[-1][:-1]])
+            with pytest.raises(UpdateError):
+                self.made().decode(replace(sent, encoded={**sent.encoded, name: cut}))
+
     def test_decoding_leaves_its_block_alone(self) -> None:
         sent, _ = self.visit(examples.updates(7))
         with Untouched(sent):
@@ -92,7 +102,9 @@ class TransformPromises(Promises):
 
 
 def _assert_alike(got: Updates, wanted: Updates) -> None:
-    """The same clients, weights, parameters and tables; the values may be others, and rows may be missing."""
+    """The same clients, weights, parameters, tables and metrics; values may be others, rows missing, metrics new."""
+    assert not got.encoded, "what was encoded must be decoded"
+    assert set(wanted.metrics) <= set(got.metrics)
     assert_same_bits((got.clients, got.weights), (wanted.clients, wanted.weights), "clients and weights")
     assert {name: delta.shape for name, delta in got.dense.items()} == {n: d.shape for n, d in wanted.dense.items()}
     assert all(delta.dtype == np.float32 for delta in got.dense.values())

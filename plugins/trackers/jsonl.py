@@ -54,6 +54,7 @@ class JSONLines:
             bytes_up=report.bytes_up,
             bytes_down=report.bytes_down,
             seconds=round(report.seconds, 6),
+            **({"refused": dict(report.refused)} if report.refused else {}),
         )
 
     @hookimpl

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedtower.core.aggregation import GRID, LIMIT, GridSum
 from fedtower.core.errors import ShapeMismatch, UpdateError
+from fedtower.core.jagged import Encoded
 from fedtower.core.testing import examples
 from fedtower.core.testing.promises import assert_same_bits
 from fedtower.core.updates import Rows, Updates, stack
@@ -205,3 +206,9 @@ def test_clients_that_touched_no_row_still_count_in_the_weight() -> None:
     total = total_of(touching([1, 3], [[], [2]]))
     assert total.weights.tolist() == [4]
     assert total_of(touching([1, 3], [[], []])).rows["item"].offsets.tolist() == [0, 0]
+
+
+def test_what_is_still_encoded_is_refused() -> None:
+    block = Updates(np.ones(1), clients=np.array([4]), encoded={"w": Encoded.of("packed", (), [b"four"])})
+    with pytest.raises(UpdateError, match=r"the clients \[4\] sent \['w'\] encoded, and no transform's decode"):
+        GridSum().add(block, block.weights)

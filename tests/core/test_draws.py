@@ -216,3 +216,11 @@ def test_all_permutations_are_equally_likely() -> None:
 def test_the_keys_of_a_permutation_never_tie(round: int) -> None:
     # Absorbing is one to one in its word, so no stable sort is ever needed to break a tie.
     assert len(np.unique(Draws(7).bits("p", round, np.arange(2000)))) == 2000
+
+
+def test_every_scope_draws_for_itself() -> None:
+    draws = Draws(1)
+    told = [each.bits("noise", 1, np.arange(4)).tolist() for each in (draws, draws.under("a"), draws.under("b"))]
+    assert len({tuple(bits) for bits in told}) == 3
+    assert draws.under("a").under("b") != draws.under("b").under("a")
+    assert draws.under("a").bits("noise", 1, np.arange(4)).tolist() == told[1]

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from click import Option, command
 from fedtower.core.cohort import Cohort
+from fedtower.core.errors import UpdateError
 from fedtower.core.hooks import hookimpl
+from fedtower.core.jagged import Encoded
 from fedtower.core.recipe import parse_recipe
 from fedtower.core.testing import examples
 from fedtower.core.testing.aggregator import AggregatorPromises
@@ -38,6 +40,23 @@ from fedtower.plugins.transports.in_process import InProcess
 from fedtower.recsys.testing.dataset import DatasetPromises
 from fedtower.recsys.testing.model import ModelPromises
 from fedtower.recsys.testing.runtime import RuntimePromises
+
+class Packing:
+    # Sends each delta as its bytes; nothing is wrong with it.
+    strict = True
+    def state(self, plan): return {}
+    def finish(self, total, cohort): return total
+    def on_client(self, updates, state, draws):
+        encoded = {n: Encoded.of("bytes", d.shape[1:], [one.tobytes() for one in d]) for n, d in updates.dense.items()}
+        return replace(updates, dense={}, encoded=encoded), state
+    def decode(self, block):
+        return replace(block, dense={n: self.unpacked(part) for n, part in block.encoded.items()}, encoded={})
+    def unpacked(self, part):
+        size = 4 * int(np.prod(part.shape))
+        if self.strict and np.any(np.diff(part.offsets) != size):
+            raise UpdateError("cut")
+        whole = [part.part(c).tobytes().ljust(size, b"0") for c in range(len(part.offsets) - 1)]
+        return np.stack([np.frombuffer(one, np.float32).reshape(part.shape) for one in whole])
 """
 
 MUTANTS = {
@@ -149,6 +168,26 @@ MUTANTS = {
         """,
         {"the_same_draws_give_the_same_and_inputs_are_left_alone"},
     ),
+    "Credulous(TransformPromises)": (
+        "def make(): return type('T', (Packing,), {'strict': False})()",
+        {"encoded_bytes_that_were_cut_are_refused"},
+    ),
+    "Forgetful(TransformPromises)": (
+        """
+        class make(Packing):
+            def decode(self, block):
+                return replace(super().decode(block), metrics={})
+        """,
+        {"names_shapes_clients_and_weights_stay"},
+    ),
+    "Halfway(TransformPromises)": (
+        """
+        class make(Packing):
+            def decode(self, block):
+                return replace(super().decode(block), dense={}, encoded=block.encoded)
+        """,
+        {"names_shapes_clients_and_weights_stay"},
+    ),
     # transport
     "Twice(TransportPromises)": (
         """
@@ -255,6 +294,7 @@ def test_every_mutant_is_caught_by_the_promise_it_breaks(pytester: pytest.Pytest
         margin = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
         made = "\n".join(line[margin:] for line in lines)
         source += f"\n{made}\nclass Test{title}:\n    make = staticmethod(make)\n"
+    source += "\nclass TestSound(TransformPromises):\n    make = Packing\n"
     pytester.makepyfile(source)
     result = pytester.runpytest("-q", "-p", "no:cacheprovider", "-rfE", "--tb=no", "-W", "ignore")
     broken: dict[str, set[str]] = {}
@@ -263,3 +303,4 @@ def test_every_mutant_is_caught_by_the_promise_it_breaks(pytester: pytest.Pytest
     for title, (_, promises) in MUTANTS.items():
         name = title.partition("(")[0]
         assert promises <= broken.get(name, set()), f"{name} broke only {broken.get(name)}"
+    assert "Sound" not in broken, "and what is sound breaks none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtower.core.errors import ShapeMismatch
+from fedtower.core.jagged import Encoded
 from fedtower.core.testing import examples
 from fedtower.core.testing.promises import assert_same_bits
 from fedtower.core.updates import Rows, Updates, stack
@@ -144,3 +146,52 @@ def test_clients_are_named_up_to_eight() -> None:
     assert block.who(ids == 15) == "the clients [15]"
     assert block.who() == "the clients [10, 11, 12, 13, 14, 15, 16, 17] and 2 more"
     assert Updates(np.ones(2)).who() == "2 clients without an id"
+
+
+def encoded(*parts: bytes) -> Updates:
+    """Clients that send one parameter as these bytes."""
+    clients = np.arange(len(parts), dtype=np.int64)
+    return Updates(np.ones(len(parts)), clients=clients, encoded={"w": Encoded.of("packed", (3,), list(parts))})
+
+
+@given(st.lists(st.binary(max_size=5), min_size=1, max_size=6), st.data())
+@law
+def test_encoded_bytes_stay_with_their_client(parts: list[bytes], data: st.DataObject) -> None:
+    whole = encoded(*parts)
+    order = data.draw(st.lists(st.integers(0, len(parts) - 1), max_size=8))
+    cut = data.draw(st.integers(0, len(parts)))
+    picked = whole.pick(np.array(order, dtype=np.int64)).encoded["w"]
+    assert [picked.part(place).tobytes() for place in range(len(order))] == [parts[client] for client in order]
+    assert_same_bits(stack([whole.slice(0, cut), whole.slice(cut, len(parts))]), whole)
+    assert whole.sizes.tolist() == [8 + 4 + len(part) for part in parts]
+
+
+@given(st.lists(st.integers(0, 8), max_size=12))
+@law
+def test_picked_clients_are_the_ones_cut_out_and_stacked(order: list[int]) -> None:
+    whole = examples.updates(9)
+    picked = whole.pick(np.array(order, dtype=np.int64))
+    if order:
+        assert_same_bits(picked, stack([whole.slice(client, client + 1) for client in order]))
+    assert len(picked) == len(order)
+    assert picked.sizes.tolist() == [int(whole.sizes[client]) for client in order]
+
+
+def test_a_parameter_is_there_once() -> None:
+    with pytest.raises(ShapeMismatch, match="'w' is there both dense and encoded"):
+        replace(encoded(b"a"), dense={"w": np.zeros((1, 3), np.float32)})
+
+
+def test_encoded_bytes_have_an_offset_a_client() -> None:
+    with pytest.raises(ShapeMismatch, match="needs 3 offsets for the encoded 'w', but it has 2"):
+        Updates(np.ones(2), encoded=encoded(b"a").encoded)
+    with pytest.raises(ShapeMismatch, match="bytes of codec 'packed' must rise from 0 to 1"):
+        Encoded("packed", (), np.array([0, 2]), np.zeros(1, dtype=np.uint8))
+    with pytest.raises(ShapeMismatch, match="uint8, but it is"):
+        Encoded("packed", (), np.array([0, 1]), np.zeros(1))  # type: ignore[arg-type]
+
+
+def test_blocks_of_other_codecs_are_not_stacked() -> None:
+    other = Updates(np.ones(1), encoded={"w": Encoded.of("signs", (3,), [b"a"])})
+    with pytest.raises(ShapeMismatch, match="'w in signs'"):
+        stack([encoded(b"a"), other])
