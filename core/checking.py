@@ -153,10 +153,10 @@ def _refusals(
 
 
 def _share(clients: int) -> float:
-    """How large weight times delta of one client may be. If none of up to 1,024 is larger, their sum on the grid cannot
-    leave its range; a larger cohort is not held to less, because so many clients are not at the limit together.
+    """How large weight times delta of one client may be. If none of up to 1,024 is larger, their sum on the grid fills
+    half of its range at most; a larger cohort is not held to less, because so many are not at the limit together.
     """
-    return LIMIT * GRID / min(max(clients, 1), 1024)
+    return LIMIT * GRID / (2 * min(max(clients, 1), 1024))
 
 
 def _reach(block: Updates) -> FloatArray:

@@ -32,7 +32,6 @@ Exit codes:
   7    a library is missing
   8    a client's update cannot be used
   9    the model's scores are not numbers: the training diverged
-  10   a signature is of nobody who is trusted, or does not fit
   130  interrupted
 """
 

@@ -172,7 +172,7 @@ MUTANTS = {
         "def make(): return type('T', (Packing,), {'strict': False})()",
         {"encoded_bytes_that_were_cut_are_refused"},
     ),
-    "Forgetful(TransformPromises)": (
+    "Metricless(TransformPromises)": (
         """
         class make(Packing):
             def decode(self, block):

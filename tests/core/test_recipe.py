@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tomli_w
 
+from fedtower.core.checking import CheckSettings
 from fedtower.core.errors import PluginError, RecipeError
 from fedtower.core.recipe import Recipe, load_recipe, override_values, parse_recipe
 from fedtower.core.registry import Registry, discover
@@ -173,3 +174,9 @@ def test_shipped_recipes_load_by_name(name: str, registry: Registry) -> None:
     recipe = load_recipe(name, registry=registry)
     assert isinstance(recipe, Recipe)
     assert recipe.name == name
+
+
+@pytest.mark.parametrize("bound", ["max_norm", "max_examples"])
+def test_a_bound_that_nothing_can_keep_is_refused(bound: str) -> None:
+    with pytest.raises(RecipeError, match=rf"checks\.{bound} must be above 0, not 0.*leave it out"):
+        CheckSettings(**{bound: 0})

@@ -178,7 +178,7 @@ def test_a_user_who_touched_everything_is_refused_with_a_way_out(run_root: Path,
 @pytest.mark.parametrize(
     ("mode", "code", "said"),
     [
-        ("simulated", 8, "are too large to sum exactly"),
+        ("simulated", 8, "lower local.lr or add 'clip'"),
         ("standalone", 9, "the training has most likely diverged: lower the learning rates, or add the transform clip"),
     ],
 )

@@ -142,3 +142,14 @@ def test_torch_gets_as_many_threads_as_the_recipe_says(setting_of: SettingOf) ->
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_recipe_s_bounds_are_checked(setting_of: SettingOf) -> None:
+    training = Federated(setting_of({"checks.max_norm": 1e-9, "transforms": []}))
+    before = everything(training)
+    report = next(training.rounds())
+    assert (report.clients, set(report.refused)) == (0, {"norm"})
+    after = everything(training)
+    assert int(after.pop("round")) == 1
+    before.pop("round")
+    assert_same_bits(after, before)
