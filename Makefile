@@ -5,7 +5,7 @@ BIN := .venv/bin
 PACKAGING := setup.cfg pyproject.toml fedtower/__init__.py requirements/fbgemm-gpu-cpu-shim/pyproject.toml
 WORKERS ?= 2
 
-.PHONY: help run test soak format bench
+.PHONY: help run test soak format protos bench
 .DEFAULT_GOAL := help
 
 help:  ## say what there is
@@ -27,6 +27,15 @@ soak: .venv/.ready-to-test  ## the sizes that are too long for `make test`
 format: .venv/.ready-to-test  ## write the code the way `make test` wants it
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+# Through fedtower/, so that what is written imports fedtower.protos; a test compares what is committed with this.
+PROTOS := fedtower/protos/v1/federation.proto
+PROTOS_OUT := .
+
+protos: .venv/.ready-to-test  ## write protos/*/*_pb2* from the .proto files
+	@$(BIN)/python -m grpc_tools.protoc --proto_path=. --python_out=$(PROTOS_OUT) --grpc_python_out=$(PROTOS_OUT) \
+		--plugin=$(BIN)/protoc-gen-mypy --mypy_out=quiet:$(PROTOS_OUT) \
+		--plugin=$(BIN)/protoc-gen-mypy_grpc --mypy_grpc_out=quiet:$(PROTOS_OUT) $(PROTOS)
 
 bench: .venv/.ready-to-run  ## run every program of benchmarks/; each prints a table and writes JSON
 	@set -e; for program in $(wildcard benchmarks/*.py); do echo "== $$program"; $(BIN)/python "$$program"; done
