@@ -21,6 +21,12 @@ STARRED = (
     *("bundle", "device", "engine", "reranking", "visits"),
 )
 
+# The wire, and what of its transport runs on devices.
+WIRE = (
+    "fedtower.protos.v1.federation_pb2_grpc",
+    *(f"fedtower.plugins.transports.grpc.{name}" for name in ("bounds", "codec", "plans", "refusals", "tensors")),
+)
+
 
 def modules_after(code: str, cwd: Path = ROOT) -> set[str]:
     """The top-level modules that a fresh interpreter holds after running the code."""
@@ -33,13 +39,13 @@ def modules_after(code: str, cwd: Path = ROOT) -> set[str]:
 
 
 def device_path() -> list[str]:
-    """Core without its top layer, which is the command line and the promises, and the lower floor of recsys."""
+    """Core without its top layer (the command line and the promises), the lower floor of recsys, and the wire."""
     parser = ConfigParser()
     parser.read(ROOT / "setup.cfg")
     top = parser["importlinter:contract:core"]["layers"].strip().splitlines()[0]
     above = {"__init__", *(name.strip() for name in top.split(":"))}
     core = sorted(path.stem for path in (ROOT / "core").glob("*.py") if path.stem not in above)
-    return [f"fedtower.core.{name}" for name in core] + [f"fedtower.recsys.{name}" for name in STARRED]
+    return [f"fedtower.core.{name}" for name in core] + [f"fedtower.recsys.{name}" for name in STARRED] + [*WIRE]
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -1,0 +1,1 @@
+"""The transport ``grpc``: a federation whose clients are elsewhere."""

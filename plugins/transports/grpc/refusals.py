@@ -1,0 +1,70 @@
+"""Refused: why something that came over the wire does not count, typed, in a sentence, and as a message."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from fedtower.core.errors import UpdateError
+from fedtower.protos.v1 import federation_pb2 as pb
+
+_MOST_SENTENCE = 4_000
+
+
+class Reason(IntEnum):
+    """The reasons of ``federation.proto``, where each is explained, without their prefix."""
+
+    UNSPECIFIED = pb.REFUSAL_REASON_UNSPECIFIED
+    UNKNOWN_DEVICE = pb.REFUSAL_REASON_UNKNOWN_DEVICE
+    REVOKED = pb.REFUSAL_REASON_REVOKED
+    RATE = pb.REFUSAL_REASON_RATE
+    ENROLMENT_CODE = pb.REFUSAL_REASON_ENROLMENT_CODE
+    OTHER_PROTOCOL = pb.REFUSAL_REASON_OTHER_PROTOCOL
+    OTHER_FEDERATION = pb.REFUSAL_REASON_OTHER_FEDERATION
+    OTHER_MODEL = pb.REFUSAL_REASON_OTHER_MODEL
+    OTHER_ROUND = pb.REFUSAL_REASON_OTHER_ROUND
+    UNKNOWN_LEASE = pb.REFUSAL_REASON_UNKNOWN_LEASE
+    UNKNOWN_ARTEFACT = pb.REFUSAL_REASON_UNKNOWN_ARTEFACT
+    EARLY = pb.REFUSAL_REASON_EARLY
+    LATE = pb.REFUSAL_REASON_LATE
+    ROUND_CLOSED = pb.REFUSAL_REASON_ROUND_CLOSED
+    CONFLICTING = pb.REFUSAL_REASON_CONFLICTING
+    CORRUPT = pb.REFUSAL_REASON_CORRUPT
+    TRUNCATED = pb.REFUSAL_REASON_TRUNCATED
+    TOO_LARGE = pb.REFUSAL_REASON_TOO_LARGE
+    WRONG_NAMES = pb.REFUSAL_REASON_WRONG_NAMES
+    WRONG_SHAPE = pb.REFUSAL_REASON_WRONG_SHAPE
+    WRONG_DTYPE = pb.REFUSAL_REASON_WRONG_DTYPE
+    WRONG_CODEC = pb.REFUSAL_REASON_WRONG_CODEC
+    NOT_FINITE = pb.REFUSAL_REASON_NOT_FINITE
+    ROW_NOT_LEASED = pb.REFUSAL_REASON_ROW_NOT_LEASED
+    NORM = pb.REFUSAL_REASON_NORM
+    WEIGHT = pb.REFUSAL_REASON_WEIGHT
+    NUM_EXAMPLES = pb.REFUSAL_REASON_NUM_EXAMPLES
+
+
+class Refused(UpdateError):
+    """A message, an update or a caller is refused; ``reason`` is what a program reads.
+
+    ``retry_after_seconds`` is 0 where trying again will not help.
+    """
+
+    def __init__(self, reason: Reason, message: str, *, retry_after_seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after_seconds = retry_after_seconds
+
+    def to_message(self) -> pb.Refusal:
+        """This refusal as it is sent."""
+        return pb.Refusal(
+            reason=pb.RefusalReason.ValueType(self.reason),
+            # What a device sent may stand in the sentence, and must not make it longer than a message may be.
+            message=str(self)[:_MOST_SENTENCE],
+            retry_after_seconds=self.retry_after_seconds,
+        )
+
+    @classmethod
+    def from_message(cls, message: pb.Refusal) -> Refused:
+        """A refusal as it came; a reason that this version does not know is ``UNSPECIFIED``."""
+        known = int(message.reason) in list(Reason)
+        reason = Reason(message.reason) if known else Reason.UNSPECIFIED
+        return cls(reason, message.message, retry_after_seconds=message.retry_after_seconds)
