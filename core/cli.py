@@ -32,6 +32,7 @@ Exit codes:
   7    a library is missing
   8    a client's update cannot be used
   9    the model's scores are not numbers: the training diverged
+  10   a signature, a certificate, a key or a token is not to be trusted
   130  interrupted
 """
 

@@ -55,6 +55,12 @@ class MissingDependency(FedtowerError):
     exit_code = 7
 
 
+class TrustError(FedtowerError):
+    """A signature, a certificate, a key or a token is not to be trusted."""
+
+    exit_code = 10
+
+
 class UpdateError(FedtowerError):
     """A client's update, or a total, cannot be used."""
 

@@ -42,6 +42,13 @@ KINDS = (
         summary="reaches the clients of a cohort",
     ),
     Kind(
+        "signer",
+        seam="fedtower.core.signing:Signer",
+        promises="fedtower.core.testing.signer:SignerPromises",
+        template="fedtower.core:scaffold/signer",
+        summary="signs what devices run",
+    ),
+    Kind(
         "tracker",
         seam="fedtower.core.hooks:Observing",
         promises="fedtower.core.testing.observer:ObserverPromises",

@@ -11,7 +11,7 @@ REGISTRY = discover()
 
 HOW_MANY = {
     "aggregator": 1,
-    "command": 11,
+    "command": 12,
     "dataset": 6,
     "exporter": 2,
     "model": 6,
@@ -19,6 +19,7 @@ HOW_MANY = {
     "runtime": 4,
     "sampler": 2,
     "server_optimizer": 2,
+    "signer": 1,
     "tracker": 3,
     "transform": 1,
     "transport": 1,

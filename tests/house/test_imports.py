@@ -21,8 +21,9 @@ STARRED = (
     *("bundle", "device", "engine", "reranking", "visits"),
 )
 
-# The wire, and what of its transport runs on devices.
+# The wire, what of its transport runs on devices, and the signer.
 WIRE = (
+    "fedtower.plugins.signers.ed25519.verifier",
     "fedtower.protos.v1.federation_pb2_grpc",
     *(f"fedtower.plugins.transports.grpc.{name}" for name in ("bounds", "codec", "plans", "refusals", "tensors")),
 )

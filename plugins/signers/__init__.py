@@ -1,0 +1,1 @@
+"""Signers: by what a device knows that a plan or a bundle is its server's."""
