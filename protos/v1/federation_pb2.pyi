@@ -309,21 +309,27 @@ class EnrolRequest(_message.Message):
     PROTOCOL_FIELD_NUMBER: _builtins.int
     CODE_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     code: _builtins.str
     """an enrolment code, as the operator gave it out"""
     device: _builtins.str
     """a name of the device's own choice, for the operator's lists; need not be unique"""
+    attempt: _builtins.bytes
+    """16 random bytes, the same each time that this enrolment is tried. Where a reply was lost, the same code and attempt
+    give the same device another token, as long as none was used.
+    """
     def __init__(
         self,
         *,
         protocol: _builtins.int = ...,
         code: _builtins.str = ...,
         device: _builtins.str = ...,
+        attempt: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "device", b"device", "protocol", b"protocol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "code", b"code", "device", b"device", "protocol", b"protocol"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -368,7 +374,7 @@ class Enrolment(_message.Message):
     client: _builtins.int
     """the number by which this device's draws are made, and by which it is sampled"""
     token: _builtins.str
-    """256 random bits, said once and stored as a hash: a device that loses it enrols again"""
+    """with 256 random bits, said once and stored as a hash: a device that loses it enrols again"""
     def __init__(
         self,
         *,

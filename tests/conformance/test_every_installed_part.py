@@ -11,7 +11,7 @@ REGISTRY = discover()
 
 HOW_MANY = {
     "aggregator": 1,
-    "command": 12,
+    "command": 14,
     "dataset": 6,
     "exporter": 2,
     "model": 6,

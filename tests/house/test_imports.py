@@ -21,11 +21,14 @@ STARRED = (
     *("bundle", "device", "engine", "reranking", "visits"),
 )
 
-# The wire, what of its transport runs on devices, and the signer.
+# The wire, the signer, and what a device and a server without torch have of the transport.
 WIRE = (
-    "fedtower.plugins.signers.ed25519.verifier",
     "fedtower.protos.v1.federation_pb2_grpc",
-    *(f"fedtower.plugins.transports.grpc.{name}" for name in ("bounds", "codec", "plans", "refusals", "tensors")),
+    "fedtower.plugins.signers.ed25519.verifier",
+    *(
+        f"fedtower.plugins.transports.grpc.{name}"
+        for name in ("bounds", "codec", "credentials", "interceptors", "plans", "rates", "refusals", "tensors", "tls")
+    ),
 )
 
 

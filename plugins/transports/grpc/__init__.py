@@ -1,1 +1,14 @@
-"""The transport ``grpc``: a federation whose clients are elsewhere."""
+"""The door of the transport ``grpc``: a federation whose clients are elsewhere."""
+
+from __future__ import annotations
+
+from fedtower.core.hooks import hookimpl
+from fedtower.core.registry import Registry
+
+
+@hookimpl
+def fedtower_register(registry: Registry) -> None:
+    """Offer the commands of who may take part, without importing grpc or cryptography."""
+    commands = "fedtower.plugins.transports.grpc.commands"
+    registry.command("certs", f"{commands}:certs", summary="make a development certificate authority and certificates")
+    registry.command("enrol", f"{commands}:enrol", summary="say which devices may take part: codes, a list, revocation")

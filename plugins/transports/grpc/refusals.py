@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum
+
+from google.protobuf.message import DecodeError
 
 from fedtower.core.errors import UpdateError
 from fedtower.protos.v1 import federation_pb2 as pb
 
-_MOST_SENTENCE = 4_000
+REFUSAL_KEY = "fedtower-refusal-bin"
+"""The trailing metadata in which a refusal travels that has no reply to stand in."""
+
+# Metadata are headers, of which gRPC takes 8 KiB; what a device sent may stand in the sentence.
+_MOST_SENTENCE = 1_000
 
 
 class Reason(IntEnum):
@@ -57,10 +64,25 @@ class Refused(UpdateError):
         """This refusal as it is sent."""
         return pb.Refusal(
             reason=pb.RefusalReason.ValueType(self.reason),
-            # What a device sent may stand in the sentence, and must not make it longer than a message may be.
-            message=str(self)[:_MOST_SENTENCE],
+            message=_short(str(self)),
             retry_after_seconds=self.retry_after_seconds,
         )
+
+    @classmethod
+    def from_metadata(cls, metadata: Iterable[tuple[str, str | bytes]] | None) -> Refused | None:
+        """The refusal in the trailing metadata of a call that failed, if there is one.
+
+        >>> sent = Refused(Reason.REVOKED, "taken out").to_message().SerializeToString()
+        >>> Refused.from_metadata([("other", "x"), (REFUSAL_KEY, sent)])
+        Refused('taken out')
+        """
+        for key, value in metadata or ():
+            if key == REFUSAL_KEY and isinstance(value, bytes):
+                try:
+                    return cls.from_message(pb.Refusal.FromString(value))
+                except DecodeError:
+                    return None  # the status says enough
+        return None
 
     @classmethod
     def from_message(cls, message: pb.Refusal) -> Refused:
@@ -68,3 +90,7 @@ class Refused(UpdateError):
         known = int(message.reason) in list(Reason)
         reason = Reason(message.reason) if known else Reason.UNSPECIFIED
         return cls(reason, message.message, retry_after_seconds=message.retry_after_seconds)
+
+
+def _short(sentence: str) -> str:
+    return sentence if len(sentence) <= _MOST_SENTENCE else f"{sentence[:_MOST_SENTENCE]}..."

@@ -1,0 +1,93 @@
+"""Rates: how often, and with how many bytes, one device may call."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fedtower.core.errors import RecipeError
+from fedtower.plugins.transports.grpc.refusals import Reason, Refused
+
+_MOST_KEPT = 100_000
+
+
+@dataclass(frozen=True)
+class RateSettings:
+    """Token buckets: each fills at so much a second up to its burst, and every call and byte takes from it."""
+
+    calls_per_second: float = field(default=50.0, metadata={"help": "calls of one device"})
+    calls_burst: float = field(default=500.0, metadata={"help": "calls of one device at once, after a pause"})
+    bytes_per_second: float = field(default=32e6, metadata={"help": "bytes that one device sends"})
+    bytes_burst: float = field(default=256e6, metadata={"help": "bytes that one device sends at once, after a pause"})
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < float("inf"):
+                raise RecipeError(f"{name} must be above 0, not {value}")
+
+
+class Bucket:
+    """Holds up to ``burst``; fills by ``rate`` a second."""
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self._rate, self._burst, self._held, self._at = rate, burst, burst, now
+
+    def take(self, amount: float, now: float) -> float:
+        """0 when there was enough, which is taken; else the seconds until there will be (infinite for more than the
+        burst), and nothing is taken.
+
+        >>> bucket = Bucket(rate=2.0, burst=3.0, now=0.0)
+        >>> [bucket.take(1.0, 0.0) for _ in range(4)], bucket.take(1.0, 0.5)
+        ([0.0, 0.0, 0.0, 0.5], 0.0)
+        """
+        self._held = min(self._burst, self._held + self._rate * (now - self._at))
+        self._at = now
+        if amount > self._burst:
+            return math.inf
+        if amount > self._held:
+            return (amount - self._held) / self._rate
+        self._held -= amount
+        return 0.0
+
+
+class Rates:
+    """The buckets of all who call; those who were not heard of for longest are forgotten, and begin anew."""
+
+    def __init__(self, settings: RateSettings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._settings, self._clock = settings, clock
+        self._buckets: OrderedDict[str, tuple[Bucket, Bucket]] = OrderedDict()
+
+    def call(self, who: str) -> None:
+        """Count a call. Raises Refused (``RATE``), with when to come back."""
+        self._take(who, 0, 1, "calls")
+
+    def sent(self, who: str, size: int) -> None:
+        """Count bytes. Raises Refused (``RATE``), with when to come back."""
+        self._take(who, 1, size, "bytes")
+
+    def _take(self, who: str, which: int, amount: float, what: str) -> None:
+        now = self._clock()
+        wait = self._of(who, now)[which].take(amount, now)
+        if wait == math.inf:
+            raise Refused(Reason.TOO_LARGE, f"{who} sent more {what} at once ({amount:,}) than one ever may")
+        if wait:
+            raise Refused(
+                Reason.RATE,
+                f"{who} sends more {what} than one may; come back in {wait:.1f} s",
+                retry_after_seconds=wait,
+            )
+
+    def _of(self, who: str, now: float) -> tuple[Bucket, Bucket]:
+        if who not in self._buckets:
+            limits = self._settings
+            self._buckets[who] = (
+                Bucket(limits.calls_per_second, limits.calls_burst, now),
+                Bucket(limits.bytes_per_second, limits.bytes_burst, now),
+            )
+            if len(self._buckets) > _MOST_KEPT:
+                self._buckets.popitem(last=False)
+        self._buckets.move_to_end(who)
+        return self._buckets[who]

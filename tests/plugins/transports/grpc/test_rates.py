@@ -1,0 +1,86 @@
+"""A device calls as often as it may, and not more often."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedtower.core.errors import RecipeError
+from fedtower.plugins.transports.grpc.rates import Bucket, Rates, RateSettings
+from fedtower.plugins.transports.grpc.refusals import Reason, Refused
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@given(st.floats(0.1, 100), st.floats(1, 100), st.lists(st.tuples(st.floats(0, 10), st.floats(0.1, 20)), max_size=40))
+def test_what_is_taken_is_never_more_than_the_burst_and_what_came_since(
+    rate: float, burst: float, steps: list[tuple[float, float]]
+) -> None:
+    bucket, now, taken = Bucket(rate, burst, 0.0), 0.0, 0.0
+    for pause, amount in steps:
+        now += pause
+        if not bucket.take(amount, now):
+            taken += amount
+    assert taken <= (burst + rate * now) * (1 + 1e-9)
+
+
+@given(st.floats(0.1, 100), st.floats(1, 100), st.floats(0.1, 1))
+def test_who_comes_back_when_told_is_let_in(rate: float, burst: float, share: float) -> None:
+    bucket, now = Bucket(rate, burst, 0.0), 0.0
+    assert bucket.take(burst, now) == 0.0
+    wait = bucket.take(share * burst, now)
+    assert 0 < wait <= burst / rate * (1 + 1e-9)
+    assert bucket.take(share * burst, now + wait * (1 + 1e-9) + 1e-9) == 0.0
+
+
+def test_one_that_calls_too_often_is_refused_and_others_are_not() -> None:
+    clock = Clock()
+    rates = Rates(RateSettings(calls_per_second=2.0, calls_burst=3.0), clock)
+    for _ in range(3):
+        rates.call("one")
+    with pytest.raises(Refused, match=r"one sends more calls than one may; come back in 0\.5 s") as caught:
+        rates.call("one")
+    assert (caught.value.reason, caught.value.retry_after_seconds) == (Reason.RATE, 0.5)
+    rates.call("other")
+    clock.now += 0.5
+    rates.call("one")
+
+
+def test_bytes_are_counted_apart_from_calls() -> None:
+    rates = Rates(RateSettings(bytes_per_second=10.0, bytes_burst=100.0), Clock())
+    rates.sent("one", 100)
+    rates.call("one")
+    with pytest.raises(Refused, match="more bytes"):
+        rates.sent("one", 1)
+
+
+def test_memory_does_not_grow_with_those_who_called_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtower.plugins.transports.grpc.rates._MOST_KEPT", 10)
+    rates = Rates(RateSettings(calls_per_second=1e-9, calls_burst=2.0), Clock())
+    rates.call("one")
+    for caller in range(9):
+        rates.call(str(caller))
+    rates.call("one")  # heard of again: it is kept before others
+    for caller in range(5):
+        rates.call(f"new {caller}")
+    with pytest.raises(Refused):
+        rates.call("one")
+    assert len(rates._buckets) == 10
+
+
+def test_more_than_a_burst_is_never_let_in() -> None:
+    rates = Rates(RateSettings(bytes_burst=100.0), Clock())
+    with pytest.raises(Refused, match="than one ever may") as caught:
+        rates.sent("one", 101)
+    assert (caught.value.reason, caught.value.retry_after_seconds) == (Reason.TOO_LARGE, 0.0)
+    rates.sent("one", 100)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_rate_is_above_nothing(value: float) -> None:
+    with pytest.raises(RecipeError, match="calls_per_second must be above 0"):
+        RateSettings(calls_per_second=value)
