@@ -27,7 +27,10 @@ WIRE = (
     "fedtower.plugins.signers.ed25519.verifier",
     *(
         f"fedtower.plugins.transports.grpc.{name}"
-        for name in ("bounds", "codec", "credentials", "interceptors", "plans", "rates", "refusals", "tensors", "tls")
+        for name in (
+            *("bounds", "codec", "credentials", "enrolment", "interceptors"),
+            *("plans", "rates", "refusals", "tensors", "tls"),
+        )
     ),
 )
 

@@ -23,7 +23,7 @@ from fedtower.core.errors import StorageError, TrustError
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
 
 _BUSY_SECONDS = 5.0
-_ATTEMPT_BYTES = 16
+ATTEMPT_BYTES = 16
 _MOST_LETTERS = 256
 _NO_HASH = bytes(32)
 
@@ -149,8 +149,8 @@ class Credentials:
         Raises:
             Refused: ``ENROLMENT_CODE``; or ``CORRUPT``, for an attempt that is not of 16 bytes.
         """
-        if len(attempt) != _ATTEMPT_BYTES:
-            raise Refused(Reason.CORRUPT, f"an enrolment's attempt has {_ATTEMPT_BYTES} bytes, not {len(attempt)}")
+        if len(attempt) != ATTEMPT_BYTES:
+            raise Refused(Reason.CORRUPT, f"an enrolment's attempt has {ATTEMPT_BYTES} bytes, not {len(attempt)}")
         public, secret = _halves(code)
         with self._change():
             row = self._db.execute("SELECT hash, client, left FROM codes WHERE id = ?", (public,)).fetchone()
