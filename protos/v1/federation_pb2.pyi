@@ -138,6 +138,8 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     """negative, or not what the plan's weighting allows"""
     REFUSAL_REASON_NUM_EXAMPLES: _RefusalReason.ValueType  # 26
     """none, or more than the device said it has"""
+    REFUSAL_REASON_PLUGIN: _RefusalReason.ValueType  # 27
+    """against a rule that this federation has added; the sentence says which"""
 
 class RefusalReason(_RefusalReason, metaclass=_RefusalReasonEnumTypeWrapper):
     """------------------------------------------------------------------------------------------------- what is refused, why"""
@@ -194,6 +196,8 @@ REFUSAL_REASON_WEIGHT: RefusalReason.ValueType  # 25
 """negative, or not what the plan's weighting allows"""
 REFUSAL_REASON_NUM_EXAMPLES: RefusalReason.ValueType  # 26
 """none, or more than the device said it has"""
+REFUSAL_REASON_PLUGIN: RefusalReason.ValueType  # 27
+"""against a rule that this federation has added; the sentence says which"""
 Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
 
 class _Task:
@@ -1293,19 +1297,25 @@ class Encoded(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     codec: _builtins.str
     data: _builtins.bytes
+    @_builtins.property
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of the delta, decoded; at most 8 axes"""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         codec: _builtins.str = ...,
         data: _builtins.bytes = ...,
+        shape: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "data", b"data", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "data", b"data", "name", b"name", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

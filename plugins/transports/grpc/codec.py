@@ -16,7 +16,7 @@ import numpy as np
 from fedtower.core.updates import FloatArray, IntArray, Rows, Updates
 from fedtower.plugins.transports.grpc.bounds import parse
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
-from fedtower.plugins.transports.grpc.tensors import Array, named, to_array, to_tensor
+from fedtower.plugins.transports.grpc.tensors import Array, named, shaped, to_array, to_tensor
 from fedtower.protos.v1 import federation_pb2 as pb
 
 PROTOCOL = 1
@@ -42,10 +42,11 @@ class Belongs:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A delta in the bytes of a named codec."""
+    """A delta in the bytes of a named codec; decoded, it has ``shape``."""
 
     codec: str
     data: bytes
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,10 @@ def encode_submission(submission: Submission) -> bytes:
             pb.RowDeltas(table=table, ids=to_tensor(_narrow(rows.row_ids)), deltas=to_tensor(rows.row_deltas))
             for table, rows in updates.rows.items()
         ],
-        encoded=[pb.Encoded(name=name, codec=each.codec, data=each.data) for name, each in submission.encoded.items()],
+        encoded=[
+            pb.Encoded(name=name, codec=each.codec, data=each.data, shape=each.shape)
+            for name, each in submission.encoded.items()
+        ],
         metrics={name: float(values[0]) for name, values in updates.metrics.items()},
         sums=[pb.MetricSum(name=name, sum=each.sum, count=each.count) for name, each in submission.sums.items()],
     )
@@ -134,7 +138,9 @@ def decode_submission(data: bytes, client: int, *, most_bytes: int) -> Submissio
         ),
         num_examples=_whole(message.num_examples, "number of examples", whose),
         encoded={
-            named(each.name, "a delta", whose): Encoded(named(each.codec, "a codec", whose), each.data)
+            named(each.name, "a delta", whose): Encoded(
+                named(each.codec, "a codec", whose), each.data, shaped(each.shape, each.name, whose)
+            )
             for each in message.encoded
         },
         sums={named(each.name, "a metric", whose): MetricSum(each.sum, each.count) for each in message.sums},

@@ -47,6 +47,7 @@ class Reason(IntEnum):
     NORM = pb.REFUSAL_REASON_NORM
     WEIGHT = pb.REFUSAL_REASON_WEIGHT
     NUM_EXAMPLES = pb.REFUSAL_REASON_NUM_EXAMPLES
+    PLUGIN = pb.REFUSAL_REASON_PLUGIN
 
 
 class Refused(UpdateError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,12 +61,7 @@ def to_array(tensor: pb.Tensor, whose: str = "a device") -> Array:
         raise Refused(
             Reason.WRONG_DTYPE, f"{whose} sent {tensor.name!r} with the dtype {tensor.dtype}, which there is not"
         )
-    if len(tensor.shape) > MOST_AXES or math.prod(max(axis, 1) for axis in tensor.shape) > _MOST_ENTRIES:
-        raise Refused(
-            Reason.TOO_LARGE,
-            f"{whose} sent {tensor.name!r} with {len(tensor.shape)} axes {list(tensor.shape[:MOST_AXES])}",
-        )
-    data, shape = tensor.data, tuple(tensor.shape)
+    data, shape = tensor.data, shaped(tensor.shape, tensor.name, whose)
     if len(data) != math.prod(shape) * dtype.itemsize:
         raise Refused(
             Reason.WRONG_SHAPE,
@@ -77,6 +72,15 @@ def to_array(tensor: pb.Tensor, whose: str = "a device") -> Array:
     if dtype.kind == "b" and array.size and array.view(np.uint8).max() > 1:
         raise Refused(Reason.CORRUPT, f"{whose} sent {tensor.name!r}, booleans, with bytes other than 0 and 1")
     return array
+
+
+def shaped(shape: Sequence[int], name: str, whose: str) -> tuple[int, ...]:
+    """``shape``, unless it has more axes or entries than an array may have (``TOO_LARGE``)."""
+    if len(shape) > MOST_AXES or math.prod(max(axis, 1) for axis in shape) > _MOST_ENTRIES:
+        raise Refused(
+            Reason.TOO_LARGE, f"{whose} sent {name!r} with {len(shape)} axes of {list(shape[:MOST_AXES])} entries"
+        )
+    return tuple(shape)
 
 
 def named(name: str, what: str, whose: str) -> str:

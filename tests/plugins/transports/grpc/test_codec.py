@@ -35,6 +35,7 @@ travelling = st.sampled_from(list(DTYPES.values())).flatmap(
     lambda dtype: arrays.arrays(dtype, arrays.array_shapes(min_dims=0, max_dims=8, min_side=0, max_side=3))
 )
 names = st.text(min_size=1, max_size=20)
+encoded = st.builds(Encoded, names, st.binary(max_size=20), st.lists(st.integers(0, 9), max_size=8).map(tuple))
 float32 = arrays.arrays(np.float32, arrays.array_shapes(max_dims=3, max_side=4))
 
 
@@ -56,7 +57,7 @@ def submissions(draw: st.DrawFn) -> Submission:
             metrics={name: np.array([draw(st.floats())]) for name in draw(st.lists(names, max_size=3, unique=True))},
         ),
         num_examples=draw(st.integers(0, 2**63 - 1)),
-        encoded={name: Encoded(draw(names), draw(st.binary(max_size=20))) for name in parameters[cut:]},
+        encoded={name: draw(encoded) for name in parameters[cut:]},
     )
 
 
@@ -181,6 +182,8 @@ def broken() -> dict[str, tuple[pb.Update, Reason]]:
         ("4,097 tensors", Reason.TOO_LARGE),
         ("257 tables", Reason.TOO_LARGE),
         ("257 metrics", Reason.TOO_LARGE),
+        ("endless encoded", Reason.TOO_LARGE),
+        ("nameless codec", Reason.WRONG_NAMES),
     ):
         cases[name] = (_break(message(), name), reason)
     return cases
@@ -214,6 +217,10 @@ def _break(made: pb.Update, how: str) -> pb.Update:
         rows.ids.CopyFrom(to_tensor(ids[how]))
     elif how == "flat rows":
         rows.deltas.CopyFrom(to_tensor(np.ones(3, dtype=np.float32)))
+    elif how == "endless encoded":
+        made.encoded[0].shape.extend([2**40, 2])
+    elif how == "nameless codec":
+        made.encoded[0].codec = ""
     elif how == "4,097 tensors":
         made.dense.extend([first] * 4_094)
     elif how == "257 tables":
