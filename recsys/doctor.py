@@ -121,9 +121,10 @@ LIBRARIES = (
     Library("onnxruntime", "onnxruntime", "the onnx runtime", "cloud"),
     Library("safetensors", "safetensors", "bundles for devices", "cloud"),
     Library("faiss-cpu", "faiss", "nothing yet (search in large catalogues)", "cloud"),
-    Library("grpcio", "grpc", "nothing yet (clients over a network)", "device"),
+    Library("grpcio", "grpc", "the wire between devices and a server", "device"),
+    Library("protobuf", "google.protobuf", "the messages of the wire", "device"),
     Library("MNN", "MNN", "the mnn runtime: training on devices", "device"),
-    Library("cryptography", "cryptography", "nothing yet (signed artefacts)", "device"),
+    Library("cryptography", "cryptography", "certificates, and signatures of plans", "device"),
 )
 
 FEATURES = (
@@ -135,6 +136,7 @@ FEATURES = (
     Feature("the tensorboard tracker", ("torch", "tensorboard")),
     Feature("the mlflow tracker", ("mlflow-skinny",)),
     Feature("export to devices, and the onnx runtime", (*TRAINING, "onnx", "onnxscript", "onnxruntime", "safetensors")),
+    Feature("certificates, enrolment and signatures", (*BASE, "grpcio", "protobuf", "cryptography")),
     Feature("the mnn runtime", (*TRAINING, "onnx", "onnxscript", "MNN", "safetensors")),
 )
 

@@ -1,10 +1,12 @@
 """What a device submits survives the wire to the bit, and what is no submission is refused with a reason."""
 
 import random
+import resource
 import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,6 +299,26 @@ def test_a_damaged_message_gives_a_refusal_or_a_submission_and_nothing_else(size
     assert said.total() == 1_000
     assert len(said) > 4
     assert said["taken"] < 900
+
+
+@pytest.mark.soak
+def test_100_000_damaged_messages_leave_nothing_behind() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    whole = [encode_submission(submission(size=size)) for size in (100, 6_000)]
+    said: Counter[str] = Counter()
+    for seed in range(101_000):
+        if seed == 1_000:  # what the first ones import and grow is not what each leaves
+            before = resident()
+        try:
+            decode(mutants(seed, whole[seed % 2]))
+            said["taken"] += 1
+        except Refused as error:
+            said[error.reason.name] += 1
+    assert resident() - before < 10 * MIB
+    assert said["taken"] < 60_000
+    assert len(said) >= 7
 
 
 def test_every_beginning_of_a_message_gives_a_refusal_or_a_submission() -> None:
