@@ -1,4 +1,4 @@
-"""Signer: the seam by which a server signs what devices run, and a device that pinned its key checks it."""
+"""Signer and Verifier: the seams by which a device knows that what it is sent comes from its server."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from fedtower.core.errors import TrustError
 
 
 class SignatureError(TrustError):
-    """A signature is not that of a pinned key over these bytes: nothing may be read of them."""
+    """Something is signed by nobody who is trusted here, or was altered after it was signed."""
 
 
 class Verifier(Protocol):
-    """What one holds who pinned public keys; it can sign nothing."""
+    """Holds the public keys that are trusted."""
 
     def verify(self, data: bytes, signature: bytes, key_id: str) -> None:
-        """Return if ``signature`` is over ``data``, by the pinned key of that id.
+        """Return if the key ``key_id`` is trusted and has signed just ``data``.
 
         Raises:
-            SignatureError: it is not, or no such key is pinned.
+            SignatureError: it is not, or it has not; nothing of ``data`` may be looked at.
         """
         ...
 
 
 class Signer(Protocol):
-    """Signs with a key that only the server has."""
+    """Holds a private key."""
 
     @property
     def key_id(self) -> str:
-        """The name of the key, which follows from its public half."""
+        """Which key this is: short, printable, and the same for the public half."""
         ...
 
     def sign(self, data: bytes) -> bytes:
-        """The signature over ``data``."""
+        """The signature of ``data``, without ``data``."""
         ...
 
     def verifier(self) -> Verifier:
-        """The other half: what a device has that pinned this key."""
+        """The other half: what a device holds that trusts this key and no other."""
         ...
