@@ -5,17 +5,18 @@ from __future__ import annotations
 import ipaddress
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
 import grpc
+import grpc.aio
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from fedtower.core.errors import TrustError
+from fedtower.core.errors import RecipeError, TrustError
 from fedtower.core.secret_files import read_secret
 
 _log = logging.getLogger(__name__)
@@ -91,6 +92,46 @@ class DeviceTls:
         chain, key = _read(self.certificate), read_secret(self.key)
         _refuse_unusable(chain, key, self.certificate, self.key)
         return grpc.ssl_channel_credentials(roots, key, chain)
+
+
+def listen(server: grpc.aio.Server, address: str, tls: ServerTls | None, *, insecure: bool) -> int:
+    """The port at which ``server`` will be heard; ``HOST:0`` takes a free one.
+
+    Raises:
+        TrustError: plaintext where it may not be, or files of TLS that cannot be used.
+        RecipeError: nobody can listen there: the port is taken, or the address is not of this machine.
+    """
+    refuse_contradiction(tls, address, insecure=insecure)
+    try:
+        if tls is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, tls.credentials())
+    except RuntimeError as error:
+        raise RecipeError(
+            f"the server cannot listen at {address}: is the port taken, or the address of another machine? ({error})"
+        ) from error
+
+
+def connect(
+    address: str, tls: DeviceTls | None, *, insecure: bool, options: Sequence[tuple[str, object]] = ()
+) -> grpc.aio.Channel:
+    """A channel to a server; it connects with the first call.
+
+    Raises:
+        TrustError: as :func:`listen` does.
+    """
+    refuse_contradiction(tls, address, insecure=insecure)
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, tls.credentials(), options=options)
+
+
+def refuse_contradiction(tls: object, address: str, *, insecure: bool) -> None:
+    """Raise TrustError for plaintext where it may not be, and for certificates with ``--insecure``."""
+    if tls is None:
+        refuse_plaintext(address, insecure=insecure)
+    elif insecure:
+        raise TrustError("--insecure was given together with certificates: leave out the one that is not meant")
 
 
 def refuse_plaintext(address: str, *, insecure: bool) -> None:

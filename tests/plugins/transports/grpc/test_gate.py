@@ -15,7 +15,7 @@ import grpc.aio
 import pytest
 from cryptography import x509
 
-from fedtower.core.errors import StorageError
+from fedtower.core.errors import RecipeError, StorageError, TrustError
 from fedtower.plugins.transports.grpc.bounds import CALL_BYTES
 from fedtower.plugins.transports.grpc.certificates import (
     Authority,
@@ -28,7 +28,7 @@ from fedtower.plugins.transports.grpc.credentials import Credentials
 from fedtower.plugins.transports.grpc.interceptors import Gate, caller
 from fedtower.plugins.transports.grpc.rates import Rates, RateSettings
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
-from fedtower.plugins.transports.grpc.tls import DeviceTls, ServerTls
+from fedtower.plugins.transports.grpc.tls import DeviceTls, ServerTls, connect, listen
 from fedtower.protos.v1 import federation_pb2 as pb
 from fedtower.protos.v1.federation_pb2_grpc import FederationStub
 
@@ -111,7 +111,7 @@ class Place:
         tls = DeviceTls(
             authority or self.folder / "authority.pem", own, None if own is None else own.with_suffix(".key")
         )
-        return grpc.aio.secure_channel(f"localhost:{self.port}", tls.credentials())
+        return connect(f"localhost:{self.port}", tls, insecure=False)
 
 
 def bearer(token: str) -> tuple[tuple[str, str], ...]:
@@ -140,7 +140,7 @@ async def served(
     server.add_generic_rpc_handlers((seen.handlers(),))
     clients = tmp_path / "authority.pem" if mutual else None
     files = ServerTls(tmp_path / "server.pem", tmp_path / "server.key", clients)
-    port = server.add_secure_port("127.0.0.1:0", tls or files.credentials())
+    port = server.add_secure_port("127.0.0.1:0", tls) if tls else listen(server, "127.0.0.1:0", files, insecure=False)
     await server.start()
     try:
         yield Place(tmp_path, authority, credentials, seen, port)
@@ -394,6 +394,48 @@ def test_plaintext_to_a_port_with_tls_gets_no_answer(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with served(tmp_path) as place, grpc.aio.insecure_channel(f"127.0.0.1:{place.port}") as channel:
             await unreachable(place, channel, place.enrolled()[1])
+
+    run(scenario())
+
+
+def test_plaintext_is_spoken_on_loopback_with_insecure_and_nowhere_else(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        credentials, seen = Credentials(tmp_path / "credentials.sqlite"), Seen()
+        server = grpc.aio.server(interceptors=[Gate(credentials, Rates(RateSettings()))])
+        server.add_generic_rpc_handlers((seen.handlers(),))
+        for address, insecure in (("127.0.0.1:0", False), ("0.0.0.0:0", True), ("[::]:0", True)):
+            with pytest.raises(TrustError, match=r"plaintext needs --insecure and a loopback address"):
+                listen(server, address, None, insecure=insecure)
+            with pytest.raises(TrustError, match=r"plaintext needs --insecure and a loopback address"):
+                connect(address, None, insecure=insecure)
+        port = listen(server, "127.0.0.1:0", None, insecure=True)
+        await server.start()
+        async with connect(f"127.0.0.1:{port}", None, insecure=True) as channel:
+            stub: Any = FederationStub(channel)
+            status, _ = await refusal_of(stub.Heartbeat(pb.HeartbeatRequest(), timeout=TIMEOUT))
+            assert status is grpc.StatusCode.UNAUTHENTICATED  # plaintext is no way around the gate
+            (code,) = credentials.make_codes(1)
+            _, token = credentials.enrol(code, "", b"a" * 16)
+            assert await stub.Heartbeat(pb.HeartbeatRequest(), metadata=bearer(token), timeout=TIMEOUT) == ALIVE
+        await server.stop(None)
+
+    run(scenario())
+
+
+def test_certificates_and_insecure_contradict_each_other(tmp_path: Path) -> None:
+    make_authority(tmp_path)
+    with pytest.raises(TrustError, match="leave out the one that is not meant"):
+        connect("localhost:1", DeviceTls(tmp_path / "authority.pem"), insecure=True)
+
+
+def test_a_port_that_is_taken_is_said_to_be() -> None:
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+            with pytest.raises(RecipeError, match="is the port taken"):
+                listen(server, address, None, insecure=True)
+            await server.stop(None)
 
     run(scenario())
 
