@@ -60,21 +60,26 @@ class Credentials:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._lock = path, threading.Lock()
+        self._path, self._lock, self._reading = path, threading.Lock(), threading.Lock()
         try:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         except OSError as error:
             raise StorageError(f"the credentials {path} cannot be opened: {error.strerror}") from error
         with self._said():
-            # Without a transaction of the module's own: _change begins them, so that two processes take turns.
-            self._db = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
+            self._db, self._reader = self._connect(), self._connect()
             self._db.executescript(_SCHEMA)
+
+    def _connect(self) -> sqlite3.Connection:
+        """One connection writes, and one reads, which in WAL mode does not wait for what is being written."""
+        # Without transactions of the module's own: _change begins them, so that two processes take turns.
+        connection = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode = WAL")
+        return connection
 
     def close(self) -> None:
         """Close the file."""
-        with self._lock:
+        with self._lock, self._reading:
+            self._reader.close()
             self._db.close()
 
     # What an operator does
@@ -185,7 +190,8 @@ class Credentials:
         if device is None or digest is None or not right:
             raise Refused(Reason.UNKNOWN_DEVICE, "the token is of no device that is enrolled here; enrol again")
         if not used:
-            with self._change():
+            # Lost in a power cut, it lets the device itself, and nobody else, ask for its token again.
+            with self._change(durable=False):
                 self._db.execute("UPDATE devices SET used = 1 WHERE id = ?", (device.id,))
         return _admitted(device)
 
@@ -203,11 +209,15 @@ class Credentials:
     # Rows
 
     def _look(self, where: str, *values: object) -> tuple[Device, bytes | None, int] | None:
-        with self._lock, self._said():
-            return self._find(where, *values)
+        with self._reading, self._said():
+            return self._find(where, *values, among=self._reader)
 
-    def _find(self, where: str, *values: object) -> tuple[Device, bytes | None, int] | None:
-        row = self._db.execute(f"SELECT {_COLUMNS}, token, used FROM devices WHERE {where}", values).fetchone()
+    def _find(
+        self, where: str, *values: object, among: sqlite3.Connection | None = None
+    ) -> tuple[Device, bytes | None, int] | None:
+        row = (
+            (among or self._db).execute(f"SELECT {_COLUMNS}, token, used FROM devices WHERE {where}", values).fetchone()
+        )
         return None if row is None else (Device(*row[:5]), row[5], row[6])
 
     def _insert(self, device: Device, code: str | None = None, attempt: bytes | None = None) -> None:
@@ -230,9 +240,10 @@ class Credentials:
         return 0 if last is None else last + 1
 
     @contextmanager
-    def _change(self) -> Iterator[None]:
-        """All of it, on disk, or nothing."""
+    def _change(self, *, durable: bool = True) -> Iterator[None]:
+        """All of it or nothing; on disk, if it is to be durable, when this returns."""
         with self._lock, self._said():
+            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield

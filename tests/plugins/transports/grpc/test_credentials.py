@@ -195,6 +195,14 @@ def test_a_code_for_one_is_not_used_by_two_at_once(tmp_path: Path) -> None:
     assert sorted(device.client for device in Credentials(path).devices()) == [0, 1, 2, 3, 4]
 
 
+def test_who_is_known_is_let_in_while_somebody_enrols(credentials: Credentials) -> None:
+    device, token = enrolled(credentials)
+    credentials.by_token(token)
+    with credentials._change():  # as an enrolment holds it, for as long as the disk takes
+        assert credentials.by_token(token) == device
+        assert refused(credentials.by_token, "nobody.x") is Reason.UNKNOWN_DEVICE
+
+
 def test_what_is_no_file_of_credentials_is_said_to_be_none(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no database " * 1_000)
     with pytest.raises(TrustError, match="no file of credentials"):
