@@ -28,7 +28,7 @@ WIRE = (
     *(
         f"fedtower.plugins.transports.grpc.{name}"
         for name in (
-            *("bounds", "codec", "credentials", "enrolment", "interceptors"),
+            *("artefacts", "bounds", "codec", "credentials", "enrolment", "interceptors"),
             *("plans", "rates", "refusals", "tensors", "tls"),
         )
     ),

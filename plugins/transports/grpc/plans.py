@@ -1,7 +1,7 @@
 """Published plans: what a cohort is sent, as a signed artefact.
 
 A plan names everything else by digest: the bundle's files, and one tensor a shared parameter, so that a device fetches
-only what it does not hold. Whoever receives one checks its signature over :func:`plan_to_sign` before it is parsed.
+only what it does not hold. Its signature is checked before it is parsed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import numpy as np
 from fedtower.core.errors import RecipeError
 from fedtower.core.plan import FloatArray, LocalSettings, Plan
 from fedtower.core.settings import Part, build, plain, settings_of
+from fedtower.core.signing import Signer, Verifier
+from fedtower.plugins.transports.grpc.artefacts import Artefact, to_artefact, to_message
 from fedtower.plugins.transports.grpc.bounds import parse
 from fedtower.plugins.transports.grpc.codec import MOST_TABLES, MOST_TENSORS, PROTOCOL, refuse_other_protocol
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
-from fedtower.plugins.transports.grpc.tensors import named, to_array, to_tensor
+from fedtower.plugins.transports.grpc.tensors import named
 from fedtower.protos.v1 import federation_pb2 as pb
 
 PLAN_BYTES = 4 << 20
@@ -29,36 +31,7 @@ PLAN_BYTES = 4 << 20
 MOST_FILES = 256
 MOST_TRANSFORMS = 64
 _MOST_JSON = 64 << 10
-_DIGEST_BYTES = 32
 _WHOSE = "the server"
-
-
-@dataclass(frozen=True)
-class Artefact:
-    """Bytes by their SHA-256."""
-
-    name: str
-    digest: bytes
-    size: int
-
-    @classmethod
-    def of(cls, name: str, data: bytes) -> Artefact:
-        """The artefact that ``data`` is."""
-        return cls(name, hashlib.sha256(data).digest(), len(data))
-
-    def check(self, data: bytes) -> bytes:
-        """``data``, if it is this artefact; else Refused as ``TRUNCATED`` or ``CORRUPT``."""
-        if len(data) != self.size:
-            raise Refused(
-                Reason.TRUNCATED if len(data) < self.size else Reason.CORRUPT,
-                f"the artefact {self.name!r} has {self.size:,} bytes, and {len(data):,} came; fetch it again",
-            )
-        if hashlib.sha256(data).digest() != self.digest:
-            raise Refused(
-                Reason.CORRUPT,
-                f"the artefact {self.name!r} has not the digest {self.digest.hex()[:16]}...; fetch it again",
-            )
-        return data
 
 
 @dataclass(frozen=True)
@@ -113,31 +86,28 @@ class PublishedPlan:
         return Plan(round=self.round, parameters=held, local=self.local, train_rows=self.train_rows)
 
 
-def plan_to_sign(data: bytes) -> bytes:
-    """What a plan's signature is over: a signature of anything else, by the same key, is none of a plan."""
-    return b"fedtower.v1 plan\0" + data
+def sign_plan(plan: PublishedPlan, signer: Signer) -> tuple[bytes, pb.SignedArtefact]:
+    """The bytes of a plan, and what a lease says of them."""
+    data = encode_plan(plan)
+    artefact = to_message(Artefact.of(f"plan-{plan.round}", data))
+    return data, pb.SignedArtefact(artefact=artefact, signature=signer.sign(_signed(data)), key_id=signer.key_id)
 
 
-def encode_parameter(name: str, value: FloatArray) -> bytes:
-    """The bytes of a parameter's artefact."""
-    return to_tensor(value, name).SerializeToString(deterministic=True)
-
-
-def decode_parameter(artefact: Artefact, data: bytes) -> FloatArray:
-    """A parameter of the bytes that were fetched, checked against what the plan says.
+def open_plan(signed: pb.SignedArtefact, data: bytes, verifier: Verifier) -> PublishedPlan:
+    """The plan that a lease named, of the bytes that were fetched; they are parsed once it is known whose they are.
 
     Raises:
-        Refused: bytes that are not the artefact, or not a parameter of finite float32 numbers of that name.
+        Refused: the bytes are not those that the lease named, or no plan.
+        SignatureError: they are not signed by a key that ``verifier`` trusts.
     """
-    tensor = parse(pb.Tensor, artefact.check(data), most_bytes=artefact.size, whose=_WHOSE)
-    array = to_array(tensor, _WHOSE)
-    if tensor.name != artefact.name:
-        raise Refused(Reason.WRONG_NAMES, f"the artefact of {artefact.name!r} holds {tensor.name!r}")
-    if array.dtype != np.float32:
-        raise Refused(Reason.WRONG_DTYPE, f"the parameter {artefact.name!r} came as {array.dtype}; float32 it must be")
-    if not np.isfinite(array).all():
-        raise Refused(Reason.NOT_FINITE, f"the parameter {artefact.name!r} came with NaN or infinity")
-    return array
+    to_artefact(signed.artefact).check(data)
+    verifier.verify(_signed(data), signed.signature, signed.key_id)
+    return decode_plan(data)
+
+
+def _signed(data: bytes) -> bytes:
+    """What a plan's signature is over: a signature of anything else, by the same key, is none of a plan."""
+    return b"fedtower.v1 plan\0" + data
 
 
 def encode_plan(plan: PublishedPlan) -> bytes:
@@ -148,9 +118,9 @@ def encode_plan(plan: PublishedPlan) -> bytes:
         round=plan.round,
         seed=plan.seed,
         model=plan.model,
-        bundle=_to_message(plan.bundle),
-        files=map(_to_message, plan.files),
-        parameters=map(_to_message, plan.parameters),
+        bundle=to_message(plan.bundle),
+        files=map(to_message, plan.files),
+        parameters=map(to_message, plan.parameters),
         local_json=_to_json(settings_of(plan.local)),
         train_rows=plan.train_rows,
         rows=[pb.RowSource(name=each.name, num_rows=each.num_rows, width=each.width) for each in plan.rows],
@@ -162,7 +132,7 @@ def encode_plan(plan: PublishedPlan) -> bytes:
 
 
 def decode_plan(data: bytes) -> PublishedPlan:
-    """The plan that ``data`` is; its signature is checked before this.
+    """The plan that ``data`` is; :func:`open_plan` checks before this whose it is.
 
     Raises:
         Refused: with the reason.
@@ -181,7 +151,7 @@ def decode_plan(data: bytes) -> PublishedPlan:
         federation=message.federation,
         round=message.round,
         seed=message.seed,
-        bundle=_artefact(message.bundle),
+        bundle=to_artefact(message.bundle),
         files=_artefacts(message.files),
         parameters=_artefacts(message.parameters),
         local=_local(message.local_json),
@@ -200,20 +170,8 @@ def decode_plan(data: bytes) -> PublishedPlan:
     return plan
 
 
-def _to_message(artefact: Artefact) -> pb.Artefact:
-    return pb.Artefact(name=artefact.name, digest=artefact.digest, size=artefact.size)
-
-
-def _artefact(message: pb.Artefact) -> Artefact:
-    if len(message.digest) != _DIGEST_BYTES:
-        raise Refused(
-            Reason.CORRUPT, f"the artefact {message.name!r} has a digest of {len(message.digest)} bytes, not 32"
-        )
-    return Artefact(named(message.name, "an artefact", _WHOSE), message.digest, message.size)
-
-
 def _artefacts(messages: Iterable[pb.Artefact]) -> tuple[Artefact, ...]:
-    found = tuple(map(_artefact, messages))
+    found = tuple(map(to_artefact, messages))
     _refuse_repeated(found)
     return found
 

@@ -1,7 +1,9 @@
 """A plan survives the wire, names everything by digest, and what is no plan is refused with a reason."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,16 +13,17 @@ from hypothesis import strategies as st
 
 from fedtower.core.plan import LocalSettings
 from fedtower.core.settings import Part
+from fedtower.core.signing import SignatureError
 from fedtower.core.testing.promises import assert_same_bits
+from fedtower.plugins.signers.ed25519.signer import Ed25519Signer, make_key
+from fedtower.plugins.transports.grpc.artefacts import Artefact, decode_parameter, encode_parameter
 from fedtower.plugins.transports.grpc.plans import (
-    Artefact,
     PublishedPlan,
     RowSource,
-    decode_parameter,
     decode_plan,
-    encode_parameter,
     encode_plan,
-    plan_to_sign,
+    open_plan,
+    sign_plan,
 )
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
 from fedtower.protos.v1 import federation_pb2 as pb
@@ -116,8 +119,40 @@ def test_a_parameter_that_is_not_the_plans_is_refused(name, value, damage, reaso
     assert caught.value.reason is reason
 
 
-def test_what_is_signed_is_no_other_message() -> None:
-    assert plan_to_sign(b"abc") == b"fedtower.v1 plan\0abc"
+@pytest.fixture(scope="module")
+def signer(tmp_path_factory: pytest.TempPathFactory) -> Ed25519Signer:
+    folder = tmp_path_factory.mktemp("keys")
+    return make_key(folder / "signing.pem", folder / "signing.pub")
+
+
+def test_a_signed_plan_is_opened_by_who_pinned_the_key(signer: Ed25519Signer) -> None:
+    data, signed = sign_plan(plan(), signer)
+    signed = pb.SignedArtefact.FromString(signed.SerializeToString())
+    assert open_plan(signed, data, signer.verifier()) == plan()
+    assert hashlib.sha256(data).digest() == signed.artefact.digest
+
+
+def test_nothing_is_parsed_that_the_key_did_not_sign(
+    signer: Ed25519Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedtower.plugins.transports.grpc.plans.parse", lambda *_, **__: pytest.fail("it was parsed"))
+    other = make_key(tmp_path / "signing.pem", tmp_path / "signing.pub")
+    data, signed = sign_plan(plan(), signer)
+    with pytest.raises(SignatureError):
+        open_plan(signed, data, other.verifier())
+    with pytest.raises(Refused, match="has not the digest"):
+        open_plan(signed, data[:-1] + b"x", signer.verifier())
+    altered = Artefact.of("plan", data + b" ")
+    signed.artefact.digest, signed.artefact.size = altered.digest, altered.size
+    with pytest.raises(SignatureError):
+        open_plan(signed, data + b" ", signer.verifier())
+
+
+def test_a_signature_of_the_same_bytes_for_another_purpose_is_none_of_a_plan(signer: Ed25519Signer) -> None:
+    data, signed = sign_plan(plan(), signer)
+    signed.signature = signer.sign(data)
+    with pytest.raises(SignatureError):
+        open_plan(signed, data, signer.verifier())
 
 
 BROKEN: dict[str, tuple[Callable[[Any], None], Reason]] = {
