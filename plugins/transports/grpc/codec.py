@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 
+from fedtower.core.jagged import Encoded
 from fedtower.core.updates import FloatArray, IntArray, Rows, Updates
 from fedtower.plugins.transports.grpc.bounds import parse
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
@@ -41,15 +42,6 @@ class Belongs:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A delta in the bytes of a named codec; decoded, it has ``shape``."""
-
-    codec: str
-    data: bytes
-    shape: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
 class MetricSum:
     """A metric over a device's held-out items: the sum, and of how many."""
 
@@ -61,14 +53,12 @@ class MetricSum:
 class Submission:
     """What one device sends back: its update (a block of one client), and what it belongs to.
 
-    ``encoded`` is by parameter, in place of a dense delta. An ``evaluate`` task has ``sums`` by metric and an update
-    without deltas.
+    An ``evaluate`` task has ``sums`` by metric, and an update without deltas.
     """
 
     belongs: Belongs
     updates: Updates
     num_examples: int
-    encoded: Mapping[str, Encoded] = field(default_factory=dict)
     sums: Mapping[str, MetricSum] = field(default_factory=dict)
 
 
@@ -96,8 +86,8 @@ def encode_submission(submission: Submission) -> bytes:
             for table, rows in updates.rows.items()
         ],
         encoded=[
-            pb.Encoded(name=name, codec=each.codec, data=each.data, shape=each.shape)
-            for name, each in submission.encoded.items()
+            pb.Encoded(name=name, codec=each.codec, data=each.part(0).tobytes(), shape=each.shape)
+            for name, each in updates.encoded.items()
         ],
         metrics={name: float(values[0]) for name, values in updates.metrics.items()},
         sums=[pb.MetricSum(name=name, sum=each.sum, count=each.count) for name, each in submission.sums.items()],
@@ -135,14 +125,9 @@ def decode_submission(data: bytes, client: int, *, most_bytes: int) -> Submissio
             clients=np.array([client], dtype=np.int64),
             rounds=np.array([_whole(message.round, "round", whose)], dtype=np.int64),
             metrics={named(name, "a metric", whose): np.array([value]) for name, value in message.metrics.items()},
+            encoded={named(each.name, "a delta", whose): _encoded(each, whose) for each in message.encoded},
         ),
         num_examples=_whole(message.num_examples, "number of examples", whose),
-        encoded={
-            named(each.name, "a delta", whose): Encoded(
-                named(each.codec, "a codec", whose), each.data, shaped(each.shape, each.name, whose)
-            )
-            for each in message.encoded
-        },
         sums={named(each.name, "a metric", whose): MetricSum(each.sum, each.count) for each in message.sums},
     )
 
@@ -176,6 +161,11 @@ def _delta(tensor: pb.Tensor, whose: str) -> FloatArray:
     if array.dtype != np.float32:
         raise Refused(Reason.WRONG_DTYPE, f"{whose} sent {tensor.name!r} as {array.dtype}; deltas are float32")
     return array
+
+
+def _encoded(message: pb.Encoded, whose: str) -> Encoded:
+    codec, shape = named(message.codec, "a codec", whose), shaped(message.shape, message.name, whose)
+    return Encoded.of(codec, shape, [message.data])
 
 
 def _rows(message: pb.RowDeltas, whose: str) -> Rows:

@@ -7,6 +7,7 @@ from enum import IntEnum
 
 from google.protobuf.message import DecodeError
 
+from fedtower.core import checking
 from fedtower.core.errors import UpdateError
 from fedtower.protos.v1 import federation_pb2 as pb
 
@@ -91,6 +92,21 @@ class Refused(UpdateError):
         known = int(message.reason) in list(Reason)
         reason = Reason(message.reason) if known else Reason.UNSPECIFIED
         return cls(reason, message.message, retry_after_seconds=message.retry_after_seconds)
+
+
+def refusal_of_check(reason: checking.Reason, client: int) -> Refused:
+    """What a device is told whose update the checks of core refuse."""
+    named = _OTHERWISE.get(reason) or Reason[reason.name]
+    return Refused(named, f"client {client}: {checking.WORDS[reason]}")
+
+
+# Where the wire says it in other words, as a device sees it, or in one word for two.
+_OTHERWISE = {
+    checking.Reason.NOT_ASKED: Reason.UNKNOWN_LEASE,
+    checking.Reason.REPEATED: Reason.CONFLICTING,
+    checking.Reason.UNDECODABLE: Reason.WRONG_CODEC,
+    checking.Reason.ROW_REPEATED: Reason.ROW_NOT_LEASED,
+}
 
 
 def _short(sentence: str) -> str:

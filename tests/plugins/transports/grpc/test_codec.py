@@ -14,18 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from fedtower.core import checking
+from fedtower.core.jagged import Encoded
 from fedtower.core.testing.promises import assert_same_bits
 from fedtower.core.updates import Rows, Updates
 from fedtower.plugins.transports.grpc import bounds
 from fedtower.plugins.transports.grpc.codec import (
     Belongs,
-    Encoded,
     MetricSum,
     Submission,
     decode_submission,
     encode_submission,
 )
-from fedtower.plugins.transports.grpc.refusals import Reason, Refused
+from fedtower.plugins.transports.grpc.refusals import Reason, Refused, refusal_of_check
 from fedtower.plugins.transports.grpc.tensors import DTYPES, to_array, to_tensor
 from fedtower.protos.v1 import federation_pb2 as pb
 
@@ -37,7 +38,12 @@ travelling = st.sampled_from(list(DTYPES.values())).flatmap(
     lambda dtype: arrays.arrays(dtype, arrays.array_shapes(min_dims=0, max_dims=8, min_side=0, max_side=3))
 )
 names = st.text(min_size=1, max_size=20)
-encoded = st.builds(Encoded, names, st.binary(max_size=20), st.lists(st.integers(0, 9), max_size=8).map(tuple))
+encoded = st.builds(
+    Encoded.of,
+    names,
+    st.lists(st.integers(0, 9), max_size=8).map(tuple),
+    st.binary(max_size=20).map(lambda data: [data]),
+)
 float32 = arrays.arrays(np.float32, arrays.array_shapes(max_dims=3, max_side=4))
 
 
@@ -57,9 +63,9 @@ def submissions(draw: st.DrawFn) -> Submission:
             dense={name: draw(float32)[None] for name in parameters[:cut]},
             rows=tables,
             metrics={name: np.array([draw(st.floats())]) for name in draw(st.lists(names, max_size=3, unique=True))},
+            encoded={name: draw(encoded) for name in parameters[cut:]},
         ),
         num_examples=draw(st.integers(0, 2**63 - 1)),
-        encoded={name: draw(encoded) for name in parameters[cut:]},
     )
 
 
@@ -72,9 +78,9 @@ def submission(tensors: int = 3, size: int = 100) -> Submission:
             dense={f"p{i}": np.arange(size, dtype=np.float32)[None] for i in range(tensors)},
             rows={"items": Rows(np.array([0, 3], dtype=np.int64), ids, np.ones((3, 4), dtype=np.float32))},
             metrics={"loss": np.array([0.5])},
+            encoded={"q": Encoded.of("int8", (3,), [b"abc"])},
         ),
         num_examples=20,
-        encoded={"q": Encoded("int8", b"abc")},
     )
 
 
@@ -118,7 +124,8 @@ def test_a_submission_comes_back_bit_by_bit(sent: Submission) -> None:
     back = decode(data)
     assert encode_submission(back) == data
     assert back.belongs == sent.belongs
-    assert (back.num_examples, back.encoded, back.sums) == (sent.num_examples, sent.encoded, sent.sums)
+    assert (back.num_examples, back.sums) == (sent.num_examples, sent.sums)
+    assert_same_bits(back.updates.encoded, sent.updates.encoded)
     assert back.updates.weights.tobytes() == sent.updates.weights.tobytes()
     assert {name: delta.tobytes() for name, delta in back.updates.dense.items()} == {
         name: delta.tobytes() for name, delta in sent.updates.dense.items()
@@ -247,6 +254,15 @@ def test_booleans_are_0_or_1() -> None:
 
 def test_every_reason_of_the_wire_has_its_name_here() -> None:
     assert {f"REFUSAL_REASON_{reason.name}": int(reason) for reason in Reason} == dict(pb.RefusalReason.items())
+
+
+@pytest.mark.parametrize("reason", checking.Reason)
+def test_what_a_round_refuses_a_device_is_told(reason: checking.Reason) -> None:
+    told = refusal_of_check(reason, client=7)
+    assert told.reason is not Reason.UNSPECIFIED
+    assert str(told) == f"client 7: {checking.WORDS[reason]}"
+    if reason.name in Reason.__members__:
+        assert told.reason.name == reason.name
 
 
 @pytest.mark.parametrize("reason", Reason)
