@@ -169,7 +169,7 @@ def show(path: Path, as_json: bool) -> None:
         table.add_row(str(device.client), device.id, device.name, _by(device), device.state)
     console = Console(highlight=False, markup=False)
     console.print(table)
-    console.print(f"{len(devices)} devices; the codes that were given out are good for {credentials.codes_left()} more")
+    console.print(f"{len(devices)} enrolled; the codes given out are good for {credentials.codes_left()} more")
 
 
 @enrol.command()
