@@ -16,14 +16,13 @@ from fedtower.core.errors import RecipeError
 from fedtower.core.round import RoundReport, stopped
 from fedtower.core.runtime import Work
 from fedtower.core.server import Schedule
+from fedtower.recsys.central import common_rows, mean_loss
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.losses import in_batch_softmax
 from fedtower.recsys.models import SequenceTower, array
-from fedtower.recsys.step import Tensors, pure
+from fedtower.recsys.step import pure
 from fedtower.recsys.tables import optimizer_arrays, restore_optimizer
 from fedtower.recsys.training import NOTHING, Arrays, Attached, Setting, assemble, shared_parameters
-
-IntArray = NDArray[np.int64]
 
 
 class Standalone:
@@ -89,7 +88,7 @@ class Standalone:
         slots: dict[str, Tensor] = {}
         ids: dict[str, Tensor] = {}
         if tables is not None:
-            needed, where = _common_rows(work)
+            needed, where = common_rows(work)
             tables.begin(scale)
             rows = tables.rows(self._model.declared.source, needed)
             slots = {name: rows[torch.from_numpy(places).to(device)] for name, places in where.items()}
@@ -118,20 +117,12 @@ class Standalone:
         self, own: dict[str, Tensor], slots: dict[str, Tensor], inputs: dict[str, Tensor], ids: dict[str, Tensor]
     ) -> Tensor:
         """The mean loss over all examples of the batch."""
+        name = self._setting.recipe.local.loss
+        if name != "in_batch_softmax":
+            return mean_loss(self._tower, name, self._shared, own, slots, inputs)
         # vmap pairs the entries of two dictionaries by their order: both begin with the shared ones.
         axes = {**dict.fromkeys(self._shared), **dict.fromkeys(own, 0)}
-        parameters = {**self._shared, **own}
-        weight, name = inputs["weight"], self._setting.recipe.local.loss
-        if name == "in_batch_softmax":
-            return self._in_batch(axes, parameters, slots, inputs, ids["history"])
-        losses = pure(self._tower, "losses")
-
-        def of_client(parameters: Tensors, slots: Tensors, inputs: Tensors) -> Tensor:
-            return losses(parameters, slots, inputs, name)
-
-        each = vmap(of_client, in_dims=(axes, 0, 0))(parameters, slots, inputs)
-        total: Tensor = (each * weight).sum() / weight.sum()
-        return total
+        return self._in_batch(axes, {**self._shared, **own}, slots, inputs, ids["history"])
 
     def _in_batch(
         self,
@@ -176,13 +167,3 @@ class Standalone:
             for name, value in self._shared.items():
                 value.copy_(torch.from_numpy(held[name]))
         restore_optimizer(self._adam, grouped(arrays, "adam"))
-
-
-def _common_rows(work: Work) -> tuple[IntArray, dict[str, IntArray]]:
-    """The distinct rows of a whole batch, (n,), and each slot's place among them, (C, slots)."""
-    needed = next(iter(work.row_ids.values()))
-    items, inverse = np.unique(needed.ids, return_inverse=True)
-    return items, {
-        name: inverse[needed.offsets[:-1].reshape(-1, *[1] * (places.ndim - 2)) + places[:, 0]]
-        for name, places in work.slots.items()
-    }
