@@ -77,7 +77,8 @@ class RowsNotSupported(UpdateError):
     def __init__(self, aggregator: str, tables: Iterable[str], try_instead: str) -> None:
         super().__init__(
             f"the aggregator {aggregator!r} folds dense parameters only, but the updates hold rows of "
-            f'{", ".join(tables)}; set aggregator.name = {try_instead!r}, or train no rows (rows.train = "frozen")'
+            f"{', '.join(tables)}; set aggregator.name = {try_instead!r}, or train no rows on devices "
+            f'(rows.train = "frozen" or "public")'
         )
 
 

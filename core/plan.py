@@ -72,12 +72,37 @@ class LocalSettings:
 
 
 @dataclass(frozen=True)
+class PublicSettings:
+    """Public data of the cloud's own: whose it is, and how much the cloud trains on it."""
+
+    share: float = field(
+        default=0.0,
+        metadata={"help": "the share of the users (or silos) set apart, by the seed, as public data: no clients"},
+    )
+    steps: int = field(
+        default=1, metadata={"help": "with rows.train = public: steps a round, each a batch as [standalone] makes them"}
+    )
+    warmup: int = field(default=0, metadata={"help": "such steps before the first round, whoever trains the rows then"})
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.share < 1.0:
+            raise RecipeError(f"rows.public.share must be at least 0 and below 1, not {self.share}: some stay clients")
+        for name, least in (("steps", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise RecipeError(f"rows.public.{name} must be at least {least}, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class RowSettings:
     """The cloud's part: who trains it, and how."""
 
-    train: Literal["device_updates", "frozen"] = field(
-        default="device_updates", metadata={"help": "what trains the cloud's tables and towers; frozen: nothing does"}
+    train: Literal["device_updates", "frozen", "public"] = field(
+        default="device_updates",
+        metadata={
+            "help": "what trains the cloud's tables and towers; frozen: nothing does; public: data of the cloud's own"
+        },
     )
+    public: PublicSettings = field(default_factory=PublicSettings, metadata={"help": "data of the cloud's own"})
     average: Literal["cohort", "touched"] = field(
         default="cohort",
         metadata={"help": "divide a row's summed deltas by the whole cohort's weight, or by that of its touchers"},
@@ -88,6 +113,14 @@ class RowSettings:
     lr: float = field(default=0.1, metadata={"help": "the tables' learning rate"})
     eps: float = field(default=1e-8, metadata={"help": "rowwise Adagrad's epsilon"})
     tower_lr: float = field(default=0.005, metadata={"help": "learning rate (Adam) of the cloud's towers"})
+
+    def __post_init__(self) -> None:
+        if not self.public.share and (self.train == "public" or self.public.warmup):
+            asked = 'rows.train = "public"' if self.train == "public" else "rows.public.warmup"
+            raise RecipeError(
+                f"{asked} needs public data: say with rows.public.share, such as 0.1, how many of the users are set "
+                f"apart for it"
+            )
 
 
 @dataclass(frozen=True)

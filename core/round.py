@@ -21,7 +21,7 @@ from fedtower.core.hooks import Hooks
 from fedtower.core.plan import LocalSettings, Plan, RowSettings
 from fedtower.core.receiving import Reception, in_time
 from fedtower.core.rows import RowStore
-from fedtower.core.server import Schedule, ServerOptimizer, ServerState, step
+from fedtower.core.server import PublicTraining, Schedule, ServerOptimizer, ServerState, step
 from fedtower.core.tally import RoundReport, Tally
 from fedtower.core.transform import Transform, finish
 from fedtower.core.transport import Transport
@@ -55,6 +55,7 @@ class Parts:
     clock: Callable[[], float]
     checks: CheckSettings = field(default_factory=CheckSettings)
     accountant: Accountant | None = None
+    public: PublicTraining | None = None
 
 
 def run_rounds(state: ServerState, parts: Parts) -> Iterator[tuple[ServerState, RoundReport]]:
@@ -122,7 +123,16 @@ def run_round(state: ServerState, parts: Parts) -> tuple[ServerState, RoundRepor
         total = finish(parts.transforms, total, tally.survivors())
         state = replace(state, aggregator=memory)
         lr_scale = parts.schedule(plan.round)
-        state = step(state, total, parts.optimizer, parts.store, lr=parts.lr, lr_scale=lr_scale, rows=parts.rows)
+        state = step(
+            state,
+            total,
+            parts.optimizer,
+            parts.store,
+            lr=parts.lr,
+            lr_scale=lr_scale,
+            rows=parts.rows,
+            public=parts.public,
+        )
 
     report = tally.report(plan.round, parts.rounds, parts.clock() - started)
     announce(report, tally, parts.hooks)

@@ -42,6 +42,14 @@ class ServerOptimizer(Protocol):
         ...
 
 
+class PublicTraining(Protocol):
+    """Trains the rows of the store on public data of the cloud's own."""
+
+    def train(self, round: int, parameters: Parameters, lr_scale: float) -> None:
+        """This round's share of it, with the shared parameters as they stand; those do not move."""
+        ...
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The share of the learning rates in force at a round: 1 throughout, or falling linearly to ``to`` in the last
@@ -72,8 +80,11 @@ def step(
     lr: float,
     lr_scale: float,
     rows: RowSettings,
+    public: PublicTraining | None = None,
 ) -> ServerState:
-    """The state after one round: the optimiser moves the shared parameters, the store its rows."""
+    """The state after one round: the optimiser moves the shared parameters, the store its rows; ``public`` moves them
+    in its stead where ``rows.train`` says so.
+    """
     delta = {name: value[0] for name, value in total.dense.items()}
     for name, parameter in state.parameters.items():
         if name not in delta or delta[name].shape != parameter.shape:
@@ -88,6 +99,8 @@ def step(
             {table: (part.row_ids, averaged(part, rows.average, weight)) for table, part in total.rows.items()},
             lr_scale,
         )
+    if public is not None and rows.train == "public":
+        public.train(state.round + 1, parameters, lr_scale)
     generation = 0 if store is None else store.generation
     return replace(state, round=state.round + 1, parameters=parameters, optimizer=memory, generation=generation)
 

@@ -102,6 +102,11 @@ class CloudTables:
         return self._generation
 
     @property
+    def device(self) -> torch.device:
+        """Where the tables are."""
+        return self._device
+
+    @property
     def num_bytes(self) -> int:
         """The size of all tables: what shipping them to a device would cost."""
         return sum(4 * table.num_rows * table.dim for table in self._tables)

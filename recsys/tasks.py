@@ -25,6 +25,7 @@ from fedtower.recsys.history import Moment
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.models import ExampleSchema, Schema
 from fedtower.recsys.population import DataCard, Population
+from fedtower.recsys.public import PartOfExamples, PartOfPopulation, set_apart
 from fedtower.recsys.scorer import ModelScorer
 from fedtower.recsys.splits import Split, make_split
 from fedtower.recsys.step import pure
@@ -70,8 +71,20 @@ class Task(Protocol):
         """The features of the rows of ``ids``, (n, F), for the cloud tower."""
         ...
 
-    def central(self, epoch: int) -> Iterator[Work]:
-        """The steps of one epoch of standalone training: work of one step a client, all of them one batch."""
+    @property
+    def public(self) -> Task | None:
+        """The same task on the public data of the cloud's own, if some was set apart."""
+        ...
+
+    @property
+    def central_steps(self) -> int:
+        """How many steps :meth:`central` makes of an epoch."""
+        ...
+
+    def central(self, epoch: int, start: int = 0) -> Iterator[Work]:
+        """The steps of one epoch of standalone training, from step ``start`` on: work of one step a client, all of them
+        one batch.
+        """
         ...
 
     def judge(self, learned: Learned, role: Role, ranking: Ranking | None = None) -> Evaluation:
@@ -84,8 +97,31 @@ class Task(Protocol):
 
 
 def make_task(data: Population | ExampleSet, recipe: Recipe, draws: Draws) -> Task:
-    """The task of a data set, told by what it has."""
-    return Labelled(data, recipe, draws) if isinstance(data, ExampleSet) else Histories(data, recipe, draws)
+    """The task of a data set, told by what it has; the public data that the recipe sets apart is a task of its own."""
+    share = recipe.rows.public.share
+    if isinstance(data, ExampleSet):
+        if not share:
+            return Labelled(data, recipe, draws)
+        stay, public = (PartOfExamples(data, members) for members in set_apart(data.num_clients, share, draws))
+        return Labelled(stay, recipe, draws, Labelled(public, recipe, _draws_of_public(draws)))
+    split = make_split(
+        recipe.data.split,
+        data,
+        validation=recipe.data.validation,
+        test_fraction=recipe.data.test_fraction,
+        draws=draws,
+    )
+    if not share:
+        return Histories(data, recipe, draws, split)
+    # One rule for both, made of the whole: by time, what is public ends where the clients' training does.
+    ours, theirs = (PartOfPopulation(data, members) for members in set_apart(data.num_clients, share, draws))
+    public_task = Histories(theirs, recipe, _draws_of_public(draws), replace(split, population=theirs))
+    return Histories(ours, recipe, draws, replace(split, population=ours), public_task)
+
+
+def _draws_of_public(draws: Draws) -> Draws:
+    """Draws of its own: users of the public data and clients are both numbered from 0."""
+    return Draws(int(draws.bits("public data")))
 
 
 @dataclass(frozen=True)
@@ -95,14 +131,8 @@ class Histories:
     population: Population
     recipe: Recipe
     draws: Draws
-
-    @cached_property
-    def split(self) -> Split:
-        """Which events are held out."""
-        data = self.recipe.data
-        return make_split(
-            data.split, self.population, validation=data.validation, test_fraction=data.test_fraction, draws=self.draws
-        )
+    split: Split
+    public: Histories | None = None
 
     @property
     def num_clients(self) -> int:
@@ -151,15 +181,20 @@ class Histories:
         """The items' features."""
         return self.population.item_features(ids)
 
-    def central(self, epoch: int) -> Iterator[Work]:
+    @property
+    def central_steps(self) -> int:
+        """Users by ``standalone.users_per_batch``."""
+        return -(-self.num_clients // self.recipe.standalone.users_per_batch)
+
+    def central(self, epoch: int, start: int = 0) -> Iterator[Work]:
         """Every user once, with one batch of targets each."""
         local = replace(self.recipe.local, steps=1, epochs=None)
         if local.loss == "in_batch_softmax":
             local = replace(local, negatives=1)  # the batch's other items are its negatives
         data, size = self.client_data(), self.recipe.standalone.users_per_batch
         order = self.draws.permutation(self.num_clients, "epoch", epoch)
-        for start in range(0, len(order), size):
-            yield data.work(Plan(epoch, {}, local), np.sort(order[start : start + size]))
+        for at in range(start * size, len(order), size):
+            yield data.work(Plan(epoch, {}, local), np.sort(order[at : at + size]))
 
     def scorer(self, learned: Learned, moment: Moment) -> ModelScorer:
         """The model as evaluation and recommendation see it."""
@@ -191,6 +226,7 @@ class Labelled:
     examples: ExampleSet
     recipe: Recipe
     draws: Draws
+    public: Labelled | None = None
 
     @property
     def num_clients(self) -> int:
@@ -235,18 +271,24 @@ class Labelled:
         """Categories have none."""
         return np.zeros((len(ids), 0), dtype=np.float32)
 
-    def central(self, epoch: int) -> Iterator[Work]:
+    @property
+    def central_steps(self) -> int:
+        """Examples by ``standalone.batch_size``."""
+        return -(-len(self._pooled.labels) // self.recipe.standalone.batch_size)
+
+    def central(self, epoch: int, start: int = 0) -> Iterator[Work]:
         """Every example of every client once, in batches of ``standalone.batch_size``."""
-        everyone = np.arange(self.num_clients, dtype=np.int64)
-        held = self.examples.examples(everyone)
-        pooled = Examples(
-            np.zeros(1, dtype=np.int64), np.array([0, len(held.labels)]), held.dense, held.categories, held.labels
-        )
-        order = self.draws.permutation(len(held.labels), "epoch", epoch)
-        size = self.recipe.standalone.batch_size
-        for start in range(0, len(order), size):
-            at = order[start : start + size][None, None, :]
+        pooled, size = self._pooled, self.recipe.standalone.batch_size
+        order = self.draws.permutation(len(pooled.labels), "epoch", epoch)
+        for first in range(start * size, len(order), size):
+            at = order[first : first + size][None, None, :]
             yield batches_of(pooled, at, np.ones(1, dtype=np.int64), bool(self.examples.cardinalities))
+
+    @cached_property
+    def _pooled(self) -> Examples:
+        """All clients' examples as one client's."""
+        held = self.examples.examples(np.arange(self.num_clients, dtype=np.int64))
+        return replace(held, clients=np.zeros(1, dtype=np.int64), offsets=np.array([0, len(held.labels)]))
 
     def judge(self, learned: Learned, role: Role, ranking: Ranking | None = None) -> Evaluation:
         """Every held-out example's label told.
@@ -263,7 +305,7 @@ class Labelled:
 
     def final(self, learned: Learned) -> Iterator[tuple[str, Evaluation]]:
         """The model, beside what always says the training data's mean."""
-        held, labels = self.examples.held_out("test"), self._training_labels()
+        held, labels = self.examples.held_out("test"), self._pooled.labels
         if self.examples.num_classes:
             share = np.bincount(labels.astype(np.int64), minlength=self.examples.num_classes) / len(labels)
             constant = np.tile(np.log(np.maximum(share, 1e-12)), (len(held.labels), 1))
@@ -272,9 +314,6 @@ class Labelled:
             constant = np.full(len(held.labels), np.log(rate / (1 - rate)))
         yield "base rate", self._figures(constant, held.labels, "test")
         yield "model", self.judge(learned, "test")
-
-    def _training_labels(self) -> FloatArray:
-        return self.examples.examples(np.arange(self.num_clients, dtype=np.int64)).labels
 
     def _figures(self, logits: NDArray[np.floating], labels: FloatArray, role: Role) -> Evaluation:
         figures = metrics.of_classes(logits, labels) if self.examples.num_classes else metrics.of_clicks(logits, labels)

@@ -24,6 +24,7 @@ from fedtower.core.server import Schedule, ServerState
 from fedtower.core.store import ClientStore
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.models import Declared
+from fedtower.recsys.public_rows import PublicRows
 from fedtower.recsys.tables import CloudTables
 from fedtower.recsys.tasks import Task
 
@@ -132,6 +133,7 @@ class Federated:
         recipe, make = setting.recipe, setting.registry.make
         self._setting = setting
         self._model = assemble(setting)
+        self._public = _public_rows(setting, self._model)
         transforms = [make("transform", part, path=f"transforms.{i}") for i, part in enumerate(recipe.transforms)]
         optimizer = make("server_optimizer", recipe.server.part, path="server")
         runtime = make("runtime", recipe.runtime, path="runtime").open(self._model.declared, recipe.local)
@@ -164,13 +166,17 @@ class Federated:
             draws=setting.draws,
             clock=setting.clock,
             checks=recipe.checks,
+            public=self._public,
         )
         parameters = self._model.declared.parameters()
         self._state = ServerState(0, parameters, optimizer.init(parameters))
         client.declare(make_plan(self._state, self._parts))
 
     def rounds(self) -> Iterator[RoundReport]:
-        """Train, one round an item."""
+        """Train, one round an item; before the first one, as much on public data as the recipe says."""
+        if self._public is not None and self._state.round == 0:
+            self._public.warm_up(self._state.parameters, self._parts.schedule(1))
+            self._state = replace(self._state, generation=self._public.generation)
         for state, report in run_rounds(self._state, self._parts):
             self._state = state
             yield report
@@ -189,6 +195,7 @@ class Federated:
             **under("aggregator", state.aggregator),
             **under("accountant", state.accountant),
             **self._model.snapshot(),
+            **under("public", {} if self._public is None else self._public.store.snapshot()),
         }
 
     def attachments(self) -> Attachments:
@@ -198,6 +205,8 @@ class Federated:
     def restore(self, arrays: Arrays, attached: Attached = NOTHING) -> None:
         """Continue from a snapshot and what was attached to it."""
         self._model.restore(arrays, attached)
+        if self._public is not None:
+            self._public.store.restore(grouped(arrays, "public"))
         self._state = replace(
             self._state,
             round=int(arrays["round"].item()),
@@ -207,6 +216,14 @@ class Federated:
             accountant=grouped(arrays, "accountant"),
             generation=0 if self._model.tables is None else self._model.tables.generation,
         )
+
+
+def _public_rows(setting: Setting, model: Assembled) -> PublicRows | None:
+    """What trains the rows on public data, where the recipe wants it."""
+    rows, task = setting.recipe.rows, setting.task.public
+    if task is None or (rows.train != "public" and not rows.public.warmup):
+        return None
+    return PublicRows(task, model.declared, model.tables, setting.recipe.local, rows.public)
 
 
 def shared_parameters(arrays: Arrays, like: Mapping[str, FloatArray]) -> dict[str, FloatArray]:

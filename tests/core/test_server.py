@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fedtower.core.errors import ShapeMismatch
-from fedtower.core.plan import RowSettings
+from fedtower.core.plan import PublicSettings, RowSettings
 from fedtower.core.server import Schedule, ServerState, averaged, step
 from fedtower.core.updates import Rows, Updates
 from fedtower.plugins.server_optimizers.sgd import SGD
@@ -97,6 +97,35 @@ def test_frozen_rows_stay() -> None:
     after = step(state(), total(), SGD(), table, lr=1.0, lr_scale=1.0, rows=RowSettings(train="frozen"))
     assert not table.rows.any()
     assert after.generation == 0
+
+
+class Public:
+    """Moves the last row by what the parameter has become, and remembers when and at what rate."""
+
+    def __init__(self, table: Table) -> None:
+        self.table, self.told = table, (0, 0.0)
+
+    def train(self, round: int, parameters: Mapping[str, FloatArray], lr_scale: float) -> None:
+        self.table.rows[3] = parameters["w"][0]
+        self.table.generation += 2
+        self.told = (round, lr_scale)
+
+
+def test_public_data_trains_the_rows_in_the_devices_stead_after_the_towers_moved() -> None:
+    table = Table()
+    public, rows = Public(table), RowSettings(train="public", public=PublicSettings(share=0.5))
+    after = step(state(), total(), SGD(), table, lr=1.0, lr_scale=0.5, rows=rows, public=public)
+    assert after.parameters["w"].tolist() == [2, -1]
+    assert table.rows.ravel().tolist() == [0, 0, 0, 2]
+    assert (public.told, after.generation) == ((7, 0.5), 2)
+
+
+def test_where_devices_train_the_rows_public_data_does_not() -> None:
+    table = Table()
+    public = Public(table)
+    step(state(), total(), SGD(), table, lr=1.0, lr_scale=1.0, rows=RowSettings(), public=public)
+    assert public.told == (0, 0.0)
+    assert table.rows[0] != 0
 
 
 def test_a_total_without_rows_leaves_the_table_alone() -> None:

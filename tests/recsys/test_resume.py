@@ -113,11 +113,18 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path, small: Mapping[
         fedtower.resume(run.folder, start=1)
 
 
-@pytest.mark.parametrize(("mode", "kills"), [("simulated", 20), ("standalone", 5)])
+PUBLIC = {"rows.train": "public", "rows.public.share": 0.3, "rows.public.warmup": 2, "rounds": 12, "data.users": 40}
+
+
+@pytest.mark.parametrize(
+    ("settings", "kills"),
+    [({"mode": "simulated"}, 20), ({"mode": "standalone"}, 5), (PUBLIC, 2)],
+    ids=["simulated", "standalone", "public"],
+)
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
-    tmp_path: Path, fork: Start, options: Options, mode: str, kills: int
+    tmp_path: Path, fork: Start, options: Options, settings: Mapping[str, Any], kills: int
 ) -> None:
-    kill_and_compare(tmp_path, fork, options({**LONG, "mode": mode}), kills)
+    kill_and_compare(tmp_path, fork, options({**LONG, **settings}), kills)
 
 
 @pytest.mark.soak

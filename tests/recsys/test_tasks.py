@@ -183,6 +183,18 @@ def test_a_run_on_examples_that_is_stopped_ends_with_the_same_bits(
     assert torch.equal(mine.fetch(ids), yours.fetch(ids))
 
 
+@pytest.mark.parametrize("name", ["wide-deep-criteo", "dlrm-criteo"])
+def test_public_clicks_train_the_rows_and_a_stopped_run_ends_with_the_same_bits(
+    click_run: Callable[..., fedtower.Run], name: str
+) -> None:
+    settings = ["rows.train=public", "rows.public.share=0.4", "rows.public.warmup=2", "standalone.batch_size=16"]
+    whole = click_run(name, *settings)
+    again = fedtower.resume(click_run(name, *settings, "checkpoint.keep=5").folder, start=2)
+    mine, yours = (dict(done.trained.training.snapshot()) for done in (whole, again))
+    assert int(mine["tables/generation"]) == 2 + 6
+    assert_same_bits(mine, yours)
+
+
 def test_a_federated_run_on_a_counted_vocabulary_is_refused(click_run: Callable[..., fedtower.Run]) -> None:
     with pytest.raises(RecipeError, match="hashed"):
         click_run("dlrm-criteo", "data.categories=counted")
