@@ -112,6 +112,12 @@ class Observing:
         """
 
     @hookspec
+    def model_built(self, shared_bytes: int, table_bytes: int) -> None:
+        """The model is there: so many bytes are sent to every client of a round, and the tables in the cloud have so
+        many.
+        """
+
+    @hookspec
     def round_started(self, round: int, cohort: Cohort) -> None:
         """The cohort of this round has been chosen."""
 

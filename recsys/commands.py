@@ -17,7 +17,7 @@ from fedtower.recsys.bundle import Bundle, Precision
 from fedtower.recsys.display import Display
 from fedtower.recsys.report import write_report
 from fedtower.recsys.runlog import RunLog, RunRecord, open_run
-from fedtower.recsys.units import figure
+from fedtower.recsys.units import figure, in_bytes, in_times
 
 runs_option = click.option(
     "--runs",
@@ -234,6 +234,13 @@ def _finish(console: Console, folder: Path) -> None:
     record = RunLog(folder).record()
     report = write_report([folder])
     console.print(_figures(record))
+    selected = record.row_selection
+    if selected is not None:
+        console.print(
+            f"down:   {in_bytes(selected.bytes_down)} a client and visit; with the whole tables "
+            f"{in_times(selected.times_as_much)} as much",
+            soft_wrap=True,
+        )
     console.print(f"report: {report}", soft_wrap=True)
     if record.started.get("mode") == "simulated":
         console.print(

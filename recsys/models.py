@@ -248,6 +248,11 @@ class Declared:
     on_device: tuple[str, ...] = field(default=())
     source: str = "item"
 
+    @property
+    def table_bytes(self) -> int:
+        """The size of all tables: what a device without row selection would have to be sent."""
+        return sum(4 * table.num_rows * table.dim for table in self.tables)
+
     def parameters(self) -> Mapping[str, NDArray[np.float32]]:
         """The shared parameters: what a plan carries."""
         return {name: array(value) for name, value in self.shared.named_parameters() if name not in self.on_device}

@@ -14,8 +14,8 @@ from typing import Any
 
 from fedtower.recsys.chart import MOST_POINTS, Line, key, line_chart
 from fedtower.recsys.markup import Markup, join, tag
-from fedtower.recsys.runlog import RECIPE, Event, RunRecord
-from fedtower.recsys.units import figure, in_bytes, in_count, in_percent, in_seconds
+from fedtower.recsys.runlog import RECIPE, Event, RowSelection, RunRecord
+from fedtower.recsys.units import figure, in_bytes, in_count, in_percent, in_seconds, in_times
 
 
 @dataclass(frozen=True)
@@ -248,6 +248,9 @@ def _cost(runs: Sequence[Told]) -> Markup:
         ("sent down", lambda run: in_bytes(run.record.total("bytes_down"))),
         ("sent down a round", lambda run: _mean(run.record, "bytes_down", in_bytes)),
         ("both ways, a client and visit", lambda run: _per_client(run.record)),
+        ("down, a client and visit", lambda run: _selected(run, lambda selected: in_bytes(selected.bytes_down))),
+        ("the same with the whole tables", lambda run: _selected(run, lambda selected: in_bytes(selected.with_tables))),
+        ("which is as much", lambda run: _selected(run, lambda selected: in_times(selected.times_as_much))),
         ("clients a round", lambda run: _mean(run.record, "clients", in_count)),
         ("dropped in all", lambda run: in_count(run.record.total("dropped"))),
     ]
@@ -421,6 +424,11 @@ def _mean(record: RunRecord, name: str, unit: Callable[[float], str]) -> str:
 def _per_client(record: RunRecord) -> str:
     visits = record.total("clients")
     return in_bytes((record.total("bytes_up") + record.total("bytes_down")) / visits) if visits else "–"
+
+
+def _selected(run: Told, of: Callable[[RowSelection], str]) -> str:
+    selected = run.record.row_selection
+    return "–" if selected is None else of(selected)
 
 
 def _is_share(name: str) -> bool:

@@ -191,6 +191,9 @@ def _train(
     task = setting.task
     hooks.observe("data_loaded", card=task.card.to_dict(), headline=task.headline)
     training = _training(setting)
+    learned = training.learned()
+    shared_bytes = sum(value.nbytes for value in learned.parameters.values())
+    hooks.observe("model_built", shared_bytes=shared_bytes, table_bytes=learned.declared.table_bytes)
     judge_every, save_every = _pace(recipe, recipe.evaluation.every), _pace(recipe, recipe.checkpoint.every)
     last = saved = 0
     if start is not None:

@@ -5,6 +5,7 @@ Every line has ``event`` and ``time``; the other keys depend on the event:
 =================  ====================================================================================================
 ``run_started``    ``name``, ``mode``, ``seed``, ``rounds``
 ``data``           ``card``: the data card; ``headline``: the metrics to look at first
+``model``          ``shared_bytes``: what a plan carries; ``table_bytes``: the cloud's tables, which no client is sent
 ``resumed``        ``round``: from where; what was logged of later rounds no longer counts
 ``round``          ``round``, ``loss``, ``metrics``, ``clients``, ``dropped``, ``bytes_up``, ``bytes_down``, ``seconds``
 ``evaluation``     ``round``, ``role``, ``label``, ``metrics``, ``cases``, ``users``
@@ -111,6 +112,7 @@ class RunLog:
             started=of["run_started"][-1] if of["run_started"] else {},
             card=of["data"][-1].get("card", {}) if of["data"] else {},
             headline=tuple(of["data"][-1].get("headline", ())) if of["data"] else (),
+            model=of["model"][-1] if of["model"] else {},
             rounds=tuple(sorted(of["round"], key=lambda event: event.get("round", 0))),
             evaluations=of["evaluation"],
             baselines=of["baseline"],
@@ -138,6 +140,7 @@ class RunRecord:
     started: Event
     card: Event
     headline: Sequence[str]
+    model: Event
     rounds: Sequence[Event]
     evaluations: Sequence[Event]
     baselines: Sequence[Event]
@@ -154,6 +157,14 @@ class RunRecord:
     def total(self, name: str) -> float:
         """The sum of one of the rounds' figures: ``bytes_up``, ``bytes_down``, ``seconds``, ``dropped``."""
         return sum(event.get(name) or 0 for event in self.rounds)
+
+    @property
+    def row_selection(self) -> RowSelection | None:
+        """What fetching rows saved; nothing of a run that sent nothing, or whose model has no tables."""
+        sent, tables = self.total("bytes_down"), self.model.get("table_bytes", 0)
+        if not sent or not tables:
+            return None
+        return RowSelection(sent / self.total("clients"), float(self.model["shared_bytes"] + tables))
 
     def first(self, metrics: Iterable[str]) -> list[str]:
         """Those of ``metrics`` that a reader looks at first: the run's headline, at any length of list.
@@ -178,9 +189,30 @@ class RunRecord:
             "bytes_up": self.total("bytes_up"),
             "bytes_down": self.total("bytes_down"),
             "dropped": self.total("dropped"),
+            **({} if self.row_selection is None else {"row_selection": self.row_selection.to_dict()}),
             "evaluations": [_bare(event) for role in ("validation", "test") for event in self.final(role)],
             "baselines": [_bare(event) for event in self.baselines],
         }
+
+
+@dataclass(frozen=True)
+class RowSelection:
+    """Bytes down to one client in one visit: as it was, with the rows that it needs, and as it would have been with
+    the whole tables.
+    """
+
+    bytes_down: float
+    with_tables: float
+
+    @property
+    def times_as_much(self) -> float:
+        """How many times as much the whole tables would have been."""
+        return self.with_tables / self.bytes_down
+
+    def to_dict(self) -> dict[str, float]:
+        """The three figures, as ``summary.json`` holds them."""
+        down, whole = round(self.bytes_down), round(self.with_tables)
+        return {"bytes_down_a_visit": down, "with_whole_tables": whole, "times_as_much": round(self.times_as_much, 3)}
 
 
 _HOLDS = "a run folder is what `fedtower run` makes: it holds log.jsonl, recipe.toml, environment.json and checkpoints/"
@@ -219,7 +251,7 @@ _SAME = {
     "checkpoint": ("round",),
     "warning": ("message",),
 }
-_KINDS = ("run_started", "data", *_SAME, "run_finished")
+_KINDS = ("run_started", "data", "model", *_SAME, "run_finished")
 
 
 def _is_undone(event: Event, resumed: Event) -> bool:

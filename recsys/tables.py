@@ -64,6 +64,7 @@ class CloudTables:
         tables = declared.tables
         tower = declared.cloud
         self._tables = tables
+        self._num_bytes = declared.table_bytes
         self._source = declared.source
         self._features = features
         self._device = torch.device(device)
@@ -109,7 +110,7 @@ class CloudTables:
     @property
     def num_bytes(self) -> int:
         """The size of all tables: what shipping them to a device would cost."""
-        return sum(4 * table.num_rows * table.dim for table in self._tables)
+        return self._num_bytes
 
     def fetch(self, source: str, ids: IntArray) -> FloatArray:
         """The rows of ``ids`` as the tower computes them, (n, W)."""

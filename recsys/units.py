@@ -57,6 +57,16 @@ def in_percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
+def in_times(factor: float) -> str:
+    """A factor, to about three digits.
+
+    >>> in_times(2.2875), in_times(61.32), in_times(20_300.0)
+    ('2.29 times', '61.3 times', '20,300 times')
+    """
+    shown = f"{factor:,.0f}" if factor >= 99.95 else f"{factor:.3g}"
+    return f"{shown} times"
+
+
 def figure(value: float | None) -> str:
     """A metric or a loss: three decimals below 10, three digits above; a dash where there is none.
 

@@ -87,6 +87,7 @@ def a_run(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
     calls: list[tuple[str, Mapping[str, Any]]] = [
         ("run_started", {"recipe": examples.recipe(), "folder": folder}),
         ("data_loaded", {"card": examples.DATA_CARD, "headline": ("HR@10", "NDCG@10")}),
+        ("model_built", {"shared_bytes": 40, "table_bytes": 176}),
         ("run_resumed", {"round": 0}),
     ]
     for round in (1, 2, 3):

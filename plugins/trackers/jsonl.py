@@ -43,6 +43,10 @@ class JSONLines:
         self._append("data", card=card, headline=headline)
 
     @hookimpl
+    def model_built(self, shared_bytes: int, table_bytes: int) -> None:
+        self._append("model", shared_bytes=shared_bytes, table_bytes=table_bytes)
+
+    @hookimpl
     def round_finished(self, report: RoundReport) -> None:
         self._append(
             "round",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,8 @@ def test_run_tells_what_it_does_and_what_to_do_next(run_root: Path, typed: Typed
     assert "sampled, 99 negatives" in model
     assert "sampled, 99 negatives" in popularity
     lines = out.splitlines()
+    assert re.fullmatch(r"down:   [\d.]+ kB a client and visit; with the whole tables [\d.]+ times as much", lines[-3])
+    assert len(lines[-3]) <= 80
     assert lines[-2] == "report: runs/dssm-synthetic-1/report.html"
     assert lines[-1].startswith("next:   fedtower run runs/dssm-synthetic-1/recipe.toml -o mode=standalone")
     assert (run_root / "runs/dssm-synthetic-1/report.html").stat().st_size > 10_000

@@ -37,6 +37,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         card = {"name": "small <data>", "users": 6040, "items": 3706, "interactions": 1000209, "density": 0.0447}
         card |= {"first_time": "2000-04-25T23:05:32+00:00", "extra": {"licence": "R&D only"}}
         log.append("data", card=card, headline=["HR@10", "NDCG@10"])
+        log.append("model", shared_bytes=150_000, table_bytes=850_000 if mode == "simulated" else 0)
         for number in range(1, (until or rounds) + 1):
             costs = {"clients": 200, "dropped": 2, "bytes_up": 20_000_000, "bytes_down": 50_000_000, "seconds": 0.25}
             log.append("round", round=number, loss=5.0 - number / rounds - better, **costs)
@@ -133,6 +134,9 @@ def test_figures_are_those_of_the_summary_and_the_protocol_is_named(make_run: Ma
     assert page.table("sent up")["sent down a round"] == {"this run": "50.0 MB"}
     assert page.table("sent up")["time"] == {"this run": "10 s"}
     assert page.table("sent up")["both ways, a client and visit"] == {"this run": "350 kB"}
+    assert page.table("sent up")["down, a client and visit"] == {"this run": "250 kB"}
+    assert page.table("sent up")["the same with the whole tables"] == {"this run": "1.0 MB"}
+    assert page.table("sent up")["which is as much"] == {"this run": "4 times"}
 
 
 def test_the_page_tells_of_data_versions_plugins_and_recipe(make_run: MakeRun) -> None:

@@ -20,6 +20,7 @@ from fedtower.recsys.evaluation import ItemPop, make_cases, sample_negatives
 from fedtower.recsys.metrics import ranks
 from fedtower.recsys.run import Run
 from fedtower.recsys.runlog import RunLog
+from fedtower.recsys.tables import CloudTables
 from fedtower.recsys.tasks import Histories
 from fedtower.recsys.training import Setting
 
@@ -79,6 +80,17 @@ def test_figures_are_those_of_the_summary(federated_run: Run) -> None:
     assert (written["rounds"], written["mode"], written["seed"]) == (6, "simulated", 1)
     assert written["dropped"] > 0
     assert {event["name"] for event in written["baselines"]} == {"ItemPop"}
+
+
+def test_what_row_selection_saves_is_told(federated_run: Run, standalone_run: Run) -> None:
+    model = federated_run.trained.training.learned()
+    assert isinstance(model.rows, CloudTables)
+    towers = sum(value.nbytes for value in model.parameters.values())
+    told, record = federated_run.summary["row_selection"], RunLog(federated_run.folder).record()
+    assert told["with_whole_tables"] == towers + model.rows.num_bytes
+    assert told["bytes_down_a_visit"] == round(record.total("bytes_down") / record.total("clients")) > towers
+    assert told["times_as_much"] == pytest.approx(told["with_whole_tables"] / told["bytes_down_a_visit"], rel=1e-3)
+    assert "row_selection" not in standalone_run.summary
 
 
 def test_measuring_again_gives_the_same_figures(federated_run: Run, standalone_run: Run) -> None:

@@ -104,6 +104,24 @@ def test_the_newest_evaluation_of_each_protocol_is_final(tmp_path: Path) -> None
     assert (summary["rounds"], summary["seconds"], summary["bytes_down"], summary["dropped"]) == (2, 1.0, 40, 2)
 
 
+def test_row_selection_is_held_against_the_whole_tables(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    log.append("model", shared_bytes=100, table_bytes=900)
+    for number in (1, 2):
+        log.append("round", round=number, loss=1.0, clients=4, bytes_up=10, bytes_down=800)
+    log.append("resumed", round=1)
+    told = {"bytes_down_a_visit": 200, "with_whole_tables": 1000, "times_as_much": 5.0}
+    assert log.record().summary()["row_selection"] == told
+
+
+@pytest.mark.parametrize(("tables", "clients"), [(0, 4), (900, 0)], ids=["no tables", "nobody answered"])
+def test_where_no_rows_were_selected_nothing_is_said_of_it(tmp_path: Path, tables: int, clients: int) -> None:
+    log = RunLog(tmp_path)
+    log.append("model", shared_bytes=100, table_bytes=tables)
+    log.append("round", round=1, loss=1.0, clients=clients, bytes_up=10, bytes_down=100 * clients)
+    assert "row_selection" not in log.record().summary()
+
+
 def test_a_log_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").mkdir()
     with pytest.raises(StorageError, match="resume"):

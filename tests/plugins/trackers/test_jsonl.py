@@ -45,6 +45,7 @@ def report(number: int) -> RoundReport:
 def test_a_run_is_in_its_log(tmp_path: Path) -> None:
     hooks = started(tmp_path)
     hooks.observe("data_loaded", card={"name": "generated", "users": 3}, headline=("HR@5", "MRR"))
+    hooks.observe("model_built", shared_bytes=40, table_bytes=176)
     hooks.observe("warned", message="mind the gap")
     hooks.observe("round_finished", report=report(1))
     evaluation = Evaluation("test", "full ranking", {"HR@10": np.float64(0.5)}, 4, 3)
@@ -56,6 +57,7 @@ def test_a_run_is_in_its_log(tmp_path: Path) -> None:
     assert events == [
         {"event": "run_started", "name": "small", "mode": "simulated", "seed": 3, "rounds": 9},
         {"event": "data", "card": {"name": "generated", "users": 3}, "headline": ["HR@5", "MRR"]},
+        {"event": "model", "shared_bytes": 40, "table_bytes": 176},
         {"event": "warning", "message": "mind the gap"},
         {
             "event": "round",
