@@ -28,7 +28,6 @@ from fedtower.recsys.archive import cache_folder
 from fedtower.recsys.bundle import (
     WEIGHTS,
     Bundle,
-    BundleError,
     Graph,
     Initial,
     Manifest,
@@ -39,6 +38,7 @@ from fedtower.recsys.bundle import (
     write_tensors,
 )
 from fedtower.recsys.device import DeviceGraph, Format, format_of
+from fedtower.recsys.graph_cache import GraphCache
 from fedtower.recsys.graphs import ExportError, Traced, Visit, trace_forward, trace_step
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.models import Declared
@@ -136,21 +136,14 @@ def cached_bundle(
     settled = replace(local, steps=1, epochs=None, share=1.0, lr=1.0, row_lr=None)
     manifest = _manifest(Subject("cached", model, settled, visit), state, {"train": step})
     formats = _with_those_before(suffix, registry)
-    folder = cache_folder() / "graphs" / f"{suffix}-{_key(step, manifest, formats, registry)}"
-    if folder.is_dir():
-        try:
-            return Bundle.open(folder)
-        except BundleError:
-            shutil.rmtree(folder, ignore_errors=True)
-    with _beside(folder) as made:
+    cache, key = GraphCache(cache_folder() / "graphs"), f"{suffix}-{_key(step, manifest, formats, registry)}"
+    found = cache.find(key)
+    if found is not None:
+        return found
+    with _beside(cache.folder / key) as made:
         checks = write_graphs([step], made, registry, formats)
         _finish(made, replace(manifest, checks=checks))
-        try:
-            made.rename(folder)
-        except OSError:  # another process was quicker with the same
-            if not folder.is_dir():
-                raise
-    return Bundle.open(folder)
+        return cache.keep(made, key)
 
 
 def write_graphs(
