@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 import click
 
-from fedtower.core.discovery import HOST, Gate, split_names
+from fedtower.core.discovery import Gate, split_names
 from fedtower.core.errors import DISK_ERRORS, FedtowerError, MissingDependency, PluginError, StorageError, nearest
-from fedtower.core.offers import how_to_install
+from fedtower.core.offers import HOST, how_to_install
 from fedtower.core.registry import Registry, discover
 
 EXIT_CODES = """

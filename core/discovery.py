@@ -11,10 +11,9 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from fedtower.core.errors import PluginError
-from fedtower.core.offers import canonical
+from fedtower.core.offers import HOST, canonical
 
 GROUP = "fedtower.plugins"
-HOST = "fedtower"
 LOCAL_FILE = "fedtower_plugins.py"
 
 

@@ -92,8 +92,16 @@ def seam_methods(seam: str) -> list[str]:
     ]
 
 
+HOST = "fedtower"
+# This extra names the wheels of a machine with CUDA.
+_ON_A_CPU = {"cloud": " where there is CUDA, and on a CPU `pip install -r requirements/cpu.txt` of a checkout does"}
+
+
 def how_to_install(missing: str, distribution: str) -> str:
-    """The extra of a distribution that brings a library, by its metadata; import names only start alike."""
+    """The extra of a distribution that brings a library, by its metadata; import names only start alike.
+
+    Of fedtower itself it also says what is different on a machine without CUDA, and who knows the rest.
+    """
     try:
         requirements = metadata.requires(distribution) or [] if distribution else []
     except metadata.PackageNotFoundError:
@@ -101,7 +109,10 @@ def how_to_install(missing: str, distribution: str) -> str:
     for requirement in requirements:
         extra = requirement.partition("extra ==")[2].strip(" '\"")
         if extra and canonical(requirement).startswith(canonical(missing)):
-            return f"`pip install '{distribution}[{extra}]'` brings it"
+            said = f"`pip install '{distribution}[{extra}]'` brings it"
+            if distribution == HOST:
+                said += f"{_ON_A_CPU.get(extra, '')}; `fedtower doctor` has the command for this machine"
+            return said
     return f"install it (often `pip install {missing}`)"
 
 

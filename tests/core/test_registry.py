@@ -261,10 +261,20 @@ def test_what_is_wrong_with_a_target_is_said_when_it_is_used(tmp_path: Path, mon
 
 
 def test_the_extra_is_read_from_the_distributions_metadata() -> None:
-    assert how_to_install("torch", "fedtower") == "`pip install 'fedtower[cloud]'` brings it"
-    assert how_to_install("faiss", "fedtower") == "`pip install 'fedtower[cloud]'` brings it"
-    assert how_to_install("grpc", "fedtower") == "`pip install 'fedtower[device]'` brings it"
+    for missing in ("torch", "faiss"):
+        assert how_to_install(missing, "fedtower").startswith(
+            "`pip install 'fedtower[cloud]'` brings it where there is"
+        )
+    device = "`pip install 'fedtower[device]'` brings it; `fedtower doctor` has the command for this machine"
+    assert how_to_install("grpc", "fedtower") == device
     assert "often `pip install unheard_of`" in how_to_install("unheard_of", "fedtower")
+
+
+def test_where_there_is_no_cuda_another_command_brings_torch() -> None:
+    said = how_to_install("torch", "fedtower")
+    assert "on a CPU `pip install -r requirements/cpu.txt`" in said
+    assert "`fedtower doctor`" in said
+    assert (Path(__file__).parents[2] / "requirements" / "cpu.txt").is_file()
 
 
 def test_a_part_is_made_of_its_settings() -> None:

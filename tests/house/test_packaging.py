@@ -139,6 +139,8 @@ def test_what_needs_torch_says_so_where_there_is_none(elsewhere: Path, tmp_path:
     said = run(str(elsewhere / "fedtower"), "run", "dssm-synthetic", cwd=tmp_path, expect=7)
     assert "torch" in said
     assert "fedtower[cloud]" in said
+    assert "requirements/cpu.txt" in said
+    assert "fedtower doctor" in said
     assert "Traceback" not in said
 
 
