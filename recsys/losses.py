@@ -100,6 +100,21 @@ LABELLING: dict[str, Loss] = {"bce": logistic, "cross_entropy": cross_entropy}
 """The losses of labelled examples, by their name in a recipe."""
 
 
+def check_labels(loss: str, num_classes: int) -> None:
+    """Refuse a loss that does not fit the labels: 0 and 1 (``num_classes`` 0), or one of so many classes.
+
+    Raises:
+        RecipeError: it is for labels of the other kind.
+    """
+    fitting = "cross_entropy" if num_classes else "bce"
+    if loss in LABELLING and loss != fitting:
+        labels = f"one of {num_classes} classes" if num_classes else "0 or 1"
+        raise RecipeError(
+            f"local.loss = {loss!r} does not fit this data, whose labels are {labels}: set local.loss = {fitting!r}, or "
+            f"choose another data set"
+        )
+
+
 def loss_of(losses: Mapping[str, Loss], name: str) -> Loss:
     """The loss of that name. Raises RecipeError, with the reason where there is one to give."""
     if name in losses:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property
 from typing import Literal, Protocol
 
@@ -15,14 +15,16 @@ from fedtower.core.client import ClientData
 from fedtower.core.draws import Draws
 from fedtower.core.errors import RecipeError
 from fedtower.core.plan import Plan
-from fedtower.core.recipe import Recipe
+from fedtower.core.recipe import DataSection, Recipe
 from fedtower.core.runtime import Work
+from fedtower.core.settings import toml_value
 from fedtower.recsys import metrics
 from fedtower.recsys.batches import SequenceData
 from fedtower.recsys.evaluation import Evaluation, ItemPop, Role, evaluate
 from fedtower.recsys.examples import ExampleCard, ExampleData, Examples, ExampleSet, batches_of
 from fedtower.recsys.history import Moment
 from fedtower.recsys.learned import Learned
+from fedtower.recsys.losses import check_labels
 from fedtower.recsys.models import ExampleSchema, Schema
 from fedtower.recsys.population import DataCard, Population
 from fedtower.recsys.public import PartOfExamples, PartOfPopulation, set_apart
@@ -97,9 +99,15 @@ class Task(Protocol):
 
 
 def make_task(data: Population | ExampleSet, recipe: Recipe, draws: Draws) -> Task:
-    """The task of a data set, told by what it has; the public data that the recipe sets apart is a task of its own."""
+    """The task of a data set, told by what it has; the public data that the recipe sets apart is a task of its own.
+
+    Raises:
+        RecipeError: the recipe asks for what this kind of data does not have.
+    """
     share = recipe.rows.public.share
     if isinstance(data, ExampleSet):
+        check_labels(recipe.local.loss, data.num_classes)
+        _refuse_split(recipe, data.card.name)
         if not share:
             return Labelled(data, recipe, draws)
         stay, public = (PartOfExamples(data, members) for members in set_apart(data.num_clients, share, draws))
@@ -117,6 +125,17 @@ def make_task(data: Population | ExampleSet, recipe: Recipe, draws: Draws) -> Ta
     ours, theirs = (PartOfPopulation(data, members) for members in set_apart(data.num_clients, share, draws))
     public_task = Histories(theirs, recipe, _draws_of_public(draws), replace(split, population=theirs))
     return Histories(ours, recipe, draws, replace(split, population=ours), public_task)
+
+
+def _refuse_split(recipe: Recipe, name: str) -> None:
+    """Raise RecipeError where a recipe splits histories, and the data holds labelled examples: nothing would be split."""
+    for field in fields(DataSection):
+        if field.default is not MISSING and getattr(recipe.data, field.name) != field.default:
+            raise RecipeError(
+                f"data.{field.name} = {toml_value(getattr(recipe.data, field.name))} says how histories are split, but "
+                f"{name!r} holds labelled examples, of which the data set itself says what is held out; leave "
+                f"data.{field.name} out"
+            )
 
 
 def _draws_of_public(draws: Draws) -> Draws:

@@ -50,7 +50,8 @@ def labelled(seed: int = 1, *, num_classes: int = 0, overrides: tuple[str, ...] 
 
     card = ExampleCard("small", 5, 30, 9, 13)
     table = ExampleTable(card, held(4, 5, 6, 7, 8), held(9), held(13), CLICKS.cardinalities, num_classes)
-    task = make_task(table, recipe(*overrides), draws)
+    loss = "cross_entropy" if num_classes else "bce"
+    task = make_task(table, recipe(f"local.loss={loss}", *overrides), draws)
     assert isinstance(task, Labelled)
     return task
 
@@ -205,6 +206,25 @@ def test_a_model_of_histories_is_refused_and_so_is_a_loss_of_them(click_run: Cal
         click_run("dlrm-criteo", "model.name=dssm")
     with pytest.raises(RecipeError, match="sampled_softmax"):
         click_run("dlrm-criteo", "local.loss=sampled_softmax")
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "loss", "message"),
+    [
+        (0, "cross_entropy", r"'cross_entropy' does not fit this data, whose labels are 0 or 1: set local\.loss = 'bce'"),
+        (4, "bce", r"'bce' does not fit this data, whose labels are one of 4 classes: set local\.loss = 'cross_entropy'"),
+    ],
+)
+def test_a_loss_for_labels_of_the_other_kind_is_refused(num_classes: int, loss: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        labelled(num_classes=num_classes, overrides=(f"local.loss={loss}",))
+
+
+@pytest.mark.parametrize("setting", ["split='time'", "validation=false", "test_fraction=0.1"])
+def test_how_histories_are_split_is_no_setting_of_examples(setting: str) -> None:
+    name = setting.partition("=")[0]
+    with pytest.raises(RecipeError, match=rf"data\.{name} = .* says how histories are split.*leave data\.{name} out"):
+        labelled(overrides=(f"data.{setting}",))
 
 
 @pytest.mark.parametrize("name", ["fedavg-mnist-mlp", "fedsgd-mnist-mlp", "fedavg-mnist-lenet5"])
