@@ -22,6 +22,7 @@ from fedtower.recsys.losses import in_batch_softmax
 from fedtower.recsys.models import SequenceTower, array
 from fedtower.recsys.step import pure
 from fedtower.recsys.tables import optimizer_arrays, restore_optimizer
+from fedtower.recsys.tasks import Labelled
 from fedtower.recsys.training import NOTHING, Arrays, Attached, Setting, assemble, shared_parameters
 
 
@@ -44,6 +45,12 @@ class Standalone:
         self._setting = setting
         self._settings = settings
         self._model = assemble(setting, row_lr=settings.row_lr, tower_lr=settings.lr)
+        if isinstance(setting.task, Labelled) and self._model.declared.on_device:
+            raise RecipeError(
+                f"the parameters {', '.join(self._model.declared.on_device)} live on devices, one value for each "
+                f"client, but a central step on labelled examples takes the examples of all clients at once; use "
+                f"mode = 'simulated', or a model that keeps nothing on devices"
+            )
         if not (recipe.local.loss == "in_batch_softmax" and isinstance(self._model.declared.shared, SequenceTower)):
             self._model.declared.shared.check_loss(recipe.local.loss)
         self._tower = self._model.declared.shared.to(recipe.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import fedtower
 from fedtower.core.cli import call
 from fedtower.core.draws import Draws
 from fedtower.core.errors import RecipeError
+from fedtower.core.hooks import Hooks
 from fedtower.core.recipe import Recipe, load_recipe
 from fedtower.core.registry import discover
 from fedtower.core.rows import RowStore
@@ -25,8 +27,10 @@ from fedtower.plugins.datasets.mnist import example as digits
 from fedtower.recsys.examples import ExampleCard, Examples, ExampleTable
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.metrics import auc
+from fedtower.recsys.standalone import Standalone
 from fedtower.recsys.tasks import Labelled, make_task
 from fedtower.recsys.testing.examples import CLICKS, cases
+from fedtower.recsys.training import Setting
 
 REGISTRY = discover()
 
@@ -142,6 +146,18 @@ def test_a_vocabulary_of_everybodys_values_is_for_standalone_training_only() -> 
     assert len(list(counted.central(1)))
 
 
+def test_what_each_client_keeps_cannot_be_trained_centrally_on_pooled_examples() -> None:
+    class Registered:
+        def make(self, kind: str, part: Any, path: str) -> Any:
+            return SimpleNamespace(declare=lambda schema, generator: cases()["clicks"].model)
+
+    task = labelled(overrides=("mode=standalone",))
+    registry: Any = Registered()
+    setting = Setting(task.recipe, registry, task, Hooks.none(), task.draws, lambda: 0.0)
+    with pytest.raises(RecipeError, match=r"the parameters own live on devices.*mode = 'simulated'"):
+        Standalone(setting)
+
+
 # Whole runs
 
 
@@ -211,8 +227,16 @@ def test_a_model_of_histories_is_refused_and_so_is_a_loss_of_them(click_run: Cal
 @pytest.mark.parametrize(
     ("num_classes", "loss", "message"),
     [
-        (0, "cross_entropy", r"'cross_entropy' does not fit this data, whose labels are 0 or 1: set local\.loss = 'bce'"),
-        (4, "bce", r"'bce' does not fit this data, whose labels are one of 4 classes: set local\.loss = 'cross_entropy'"),
+        (
+            0,
+            "cross_entropy",
+            r"'cross_entropy' does not fit this data, whose labels are 0 or 1: set local\.loss = 'bce'",
+        ),
+        (
+            4,
+            "bce",
+            r"'bce' does not fit this data, whose labels are one of 4 classes: set local\.loss = 'cross_entropy'",
+        ),
     ],
 )
 def test_a_loss_for_labels_of_the_other_kind_is_refused(num_classes: int, loss: str, message: str) -> None:
