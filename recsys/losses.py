@@ -110,8 +110,8 @@ def check_labels(loss: str, num_classes: int) -> None:
     if loss in LABELLING and loss != fitting:
         labels = f"one of {num_classes} classes" if num_classes else "0 or 1"
         raise RecipeError(
-            f"local.loss = {loss!r} does not fit this data, whose labels are {labels}: set local.loss = {fitting!r}, or "
-            f"choose another data set"
+            f"local.loss = {loss!r} does not fit this data, whose labels are {labels}: set local.loss = {fitting!r}, "
+            f"or choose another data set"
         )
 
 

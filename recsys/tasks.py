@@ -128,7 +128,7 @@ def make_task(data: Population | ExampleSet, recipe: Recipe, draws: Draws) -> Ta
 
 
 def _refuse_split(recipe: Recipe, name: str) -> None:
-    """Raise RecipeError where a recipe splits histories, and the data holds labelled examples: nothing would be split."""
+    """Raise RecipeError where a recipe splits histories and the data holds labelled examples, which nothing splits."""
     for field in fields(DataSection):
         if field.default is not MISSING and getattr(recipe.data, field.name) != field.default:
             raise RecipeError(
