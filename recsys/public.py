@@ -12,6 +12,7 @@ from fedtower.core.draws import Draws
 from fedtower.core.errors import DataError
 from fedtower.recsys.examples import ExampleCard, Examples, ExampleSet
 from fedtower.recsys.population import DataCard, Events, HeldOut, Population, check_rows
+from fedtower.recsys.splits import Assigned
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
@@ -108,6 +109,20 @@ class PartOfPopulation:
 
     def _of_whole(self, clients: IntArray) -> IntArray:
         return self.members[check_rows(clients, len(self.members), "client")]
+
+
+class PartOfAssigned(PartOfPopulation):
+    """Clients of a population whose events came with their roles."""
+
+    def roles(self, clients: IntArray) -> NDArray[np.int8]:
+        """The role of every event of these clients, (E,)."""
+        assert isinstance(self.whole, Assigned)
+        return self.whole.roles(self._of_whole(clients))
+
+
+def part_of(whole: Population, members: IntArray) -> PartOfPopulation:
+    """The clients ``members`` of a population, with their events' roles where these came with the data."""
+    return (PartOfAssigned if isinstance(whole, Assigned) else PartOfPopulation)(whole, members)
 
 
 @dataclass(frozen=True, eq=False)

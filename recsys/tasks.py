@@ -27,7 +27,7 @@ from fedtower.recsys.learned import Learned
 from fedtower.recsys.losses import check_labels
 from fedtower.recsys.models import ExampleSchema, Schema
 from fedtower.recsys.population import DataCard, Population
-from fedtower.recsys.public import PartOfExamples, PartOfPopulation, set_apart
+from fedtower.recsys.public import PartOfExamples, part_of, set_apart
 from fedtower.recsys.scorer import ModelScorer
 from fedtower.recsys.splits import Split, make_split
 from fedtower.recsys.step import pure
@@ -122,7 +122,7 @@ def make_task(data: Population | ExampleSet, recipe: Recipe, draws: Draws) -> Ta
     if not share:
         return Histories(data, recipe, draws, split)
     # One rule for both, made of the whole: by time, what is public ends where the clients' training does.
-    ours, theirs = (PartOfPopulation(data, members) for members in set_apart(data.num_clients, share, draws))
+    ours, theirs = (part_of(data, members) for members in set_apart(data.num_clients, share, draws))
     public_task = Histories(theirs, recipe, _draws_of_public(draws), replace(split, population=theirs))
     return Histories(ours, recipe, draws, replace(split, population=ours), public_task)
 

@@ -18,7 +18,7 @@ from fedtower.core.runtime import Work
 from fedtower.core.testing.promises import assert_same_bits
 from fedtower.recsys.event_table import EventTable
 from fedtower.recsys.examples import ExampleCard, Examples, ExampleTable
-from fedtower.recsys.history import TRAIN
+from fedtower.recsys.history import TEST, TRAIN
 from fedtower.recsys.population import Events, HeldOut
 from fedtower.recsys.public import PartOfExamples, PartOfPopulation, set_apart
 from fedtower.recsys.public_rows import PublicRows, stream
@@ -108,6 +108,31 @@ def test_by_time_what_is_public_ends_where_the_clients_training_does(setting_of:
         newest.append(events.times[role == TRAIN].max())
         oldest.append(events.times[role != TRAIN].min())
     assert max(newest) < min(oldest)
+
+
+class Given:
+    """A population whose events came with their roles: the first of a client is for the test."""
+
+    def __init__(self, whole: Any) -> None:
+        self._whole = whole
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+    def roles(self, clients: Any) -> Any:
+        return np.where(self._whole.events(clients).positions == 0, TEST, TRAIN).astype(np.int8)
+
+
+def test_roles_that_came_with_the_data_are_kept(setting_of: SettingOf) -> None:
+    setting = setting_of({**PUBLIC, "data.split": "leave_one_out"})
+    recipe = replace(setting.recipe, data=replace(setting.recipe.data, split="given"))
+    whole = Given(histories(setting)[0].population.whole)  # type: ignore[attr-defined]
+    task = make_task(whole, recipe, setting.draws)
+    assert isinstance(task, Histories)
+    for part in (task, task.public):
+        assert part is not None
+        events = part.population.events(np.array([3, 1]))
+        assert (part.split.parts(events).role == TEST).tolist() == (events.positions == 0).tolist()
 
 
 # What is trained on it
