@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedtower.core.errors import RecipeError
+from fedtower.core.errors import DataError, RecipeError
 from fedtower.core.plan import LocalSettings, PublicSettings
 from fedtower.core.runtime import Work
 from fedtower.core.store import ClientStore
@@ -35,6 +35,7 @@ class PublicRows:
 
     Raises:
         RecipeError: the model has no rows, or has parameters that live on devices and the data pools their clients.
+        DataError: there is nothing to train on.
     """
 
     def __init__(
@@ -50,6 +51,11 @@ class PublicRows:
                 f"the parameters {', '.join(declared.on_device)} live on devices, one value for each client, but a "
                 f"step on public labelled examples takes the examples of all of them at once; set rows.train = "
                 f'"device_updates" and leave out rows.public.warmup'
+            )
+        if not task.central_steps:
+            raise DataError(
+                f"the {task.num_clients} silos that rows.public.share sets apart as public data hold no examples to "
+                f"train on; set a larger share apart, or choose others by another seed"
             )
         self._task, self._declared, self._tables = task, declared, tables
         self._local, self._settings = local, settings

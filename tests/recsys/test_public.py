@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fedtower
 from fedtower.core.draws import Draws
@@ -360,9 +361,16 @@ def test_a_model_without_rows_has_nothing_to_train_on_public_data() -> None:
         PublicRows(task, model, None, LocalSettings(steps=1, loss="bce"), PublicSettings(share=0.4))
 
 
-def test_what_each_client_keeps_cannot_be_trained_on_pooled_examples() -> None:
-    import torch
+def test_public_silos_without_examples_are_refused() -> None:
+    task, model = labelled().public, replace(cases()["clicks"].model, on_device=())
+    assert task is not None
+    empty = replace(task, examples=PartOfExamples(task.examples, np.zeros(0, dtype=np.int64)))
+    store = CloudTables(model, task.features, RowSettings(), torch.Generator())
+    with pytest.raises(DataError, match=r"hold no examples to train on; set a larger share apart"):
+        PublicRows(empty, model, store, LocalSettings(steps=1, loss="bce"), PublicSettings(share=0.4))
 
+
+def test_what_each_client_keeps_cannot_be_trained_on_pooled_examples() -> None:
     task, model = labelled().public, cases()["clicks"].model
     assert task is not None
     store = CloudTables(model, task.features, RowSettings(), torch.Generator())
