@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import fedtower
+from fedtower.core.checkpoint import read_attachments, read_checkpoint, write_checkpoint
 from fedtower.core.draws import Draws
 from fedtower.core.errors import DataError, RecipeError
 from fedtower.core.plan import LocalSettings, Plan, PublicSettings, RowSettings
@@ -27,6 +29,7 @@ from fedtower.recsys.standalone import Standalone
 from fedtower.recsys.tables import CloudTables
 from fedtower.recsys.tasks import Histories, Labelled, make_task
 from fedtower.recsys.testing.examples import CLICKS, cases
+from fedtower.recsys.testing.states import everything
 from fedtower.recsys.training import Federated, Setting
 
 SettingOf = Callable[..., Setting]
@@ -244,22 +247,21 @@ def test_a_step_moves_the_rows_as_central_training_does_and_the_towers_not(setti
 
 
 def _own(training: Standalone) -> dict[str, Any]:
-    kept = training.snapshot()
-    return {name.removeprefix("clients/"): value for name, value in kept.items() if name.startswith("clients/")}
+    return dict(training._model.store.snapshot())
 
 
 @pytest.mark.parametrize("before", [0, 1, 2])
-def test_a_restored_training_goes_on_bit_for_bit(setting_of: SettingOf, before: int) -> None:
+def test_a_restored_training_goes_on_bit_for_bit(setting_of: SettingOf, before: int, tmp_path: Path) -> None:
     changes = {**PUBLIC, "rows.public.warmup": 1, "standalone.users_per_batch": 8, "server.lr": 0.01}
     straight, stopped, resumed = (Federated(setting_of(changes)) for _ in range(3))
     train(straight, 4)
     if before:
         train(stopped, before)
-    held = {name: np.array(value) for name, value in stopped.snapshot().items()}
+    write_checkpoint(tmp_path, before, stopped.snapshot(), keep=1, attachments=stopped.attachments())
     train(resumed, 3)  # what it did before it was restored is forgotten
-    resumed.restore(held)
+    resumed.restore(read_checkpoint(tmp_path, before), read_attachments(tmp_path, before))
     train(resumed, 4 - before)
-    assert_same_bits(resumed.snapshot(), straight.snapshot())
+    assert_same_bits(everything(resumed), everything(straight))
     assert straight.snapshot()["public/user_vector.values"].any()
 
 
