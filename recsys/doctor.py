@@ -121,6 +121,7 @@ LIBRARIES = (
     Library("onnxruntime", "onnxruntime", "the onnx runtime", "cloud"),
     Library("safetensors", "safetensors", "bundles for devices", "cloud"),
     Library("faiss-cpu", "faiss", "nothing yet (search in large catalogues)", "cloud"),
+    Library("ray", "ray", "a simulation's workers on a cluster", "ray"),
     Library("grpcio", "grpc", "nothing yet (clients over a network)", "device"),
     Library("MNN", "MNN", "the mnn runtime: training on devices", "device"),
     Library("cryptography", "cryptography", "nothing yet (signed artefacts)", "device"),
@@ -135,6 +136,7 @@ FEATURES = (
     Feature("the tensorboard tracker", ("torch", "tensorboard")),
     Feature("the mlflow tracker", ("mlflow-skinny",)),
     Feature("export to devices, and the onnx runtime", (*TRAINING, "onnx", "onnxscript", "onnxruntime", "safetensors")),
+    Feature("runtime.cluster: workers on a Ray cluster", (*TRAINING, "ray")),
     Feature("the mnn runtime", (*TRAINING, "onnx", "onnxscript", "MNN", "safetensors")),
 )
 

@@ -27,6 +27,7 @@ BREACHES = {
     "recsys/models.py": ("import torchrec", "torchrec and its kernels"),
     "recsys/batches.py": ("import pandas", "pandas and pyarrow"),
     "plugins/aggregators/fedavg.py": ("import faiss", "Every other heavy library"),
+    "plugins/runtimes/vectorized/crew.py": ("import ray", "Every other heavy library"),
 }
 
 # What the command line of core, and the promises, need besides what core needs.

@@ -44,7 +44,7 @@ def asked(*extras: str) -> list[Requirement]:
 
 
 @pytest.mark.parametrize(
-    ("file", "extras"), [("cpu.txt", ["cloud", "trackers"]), ("test.txt", ["cloud", "trackers", "test"])]
+    ("file", "extras"), [("cpu.txt", ["cloud", "trackers"]), ("test.txt", ["cloud", "ray", "trackers", "test"])]
 )
 def test_every_requirement_is_pinned_to_a_version_that_satisfies_it(file: str, extras: list[str]) -> None:
     pinned = pins(file)
