@@ -187,7 +187,8 @@ def connect(address: str, workers: int) -> Any:
         ray.init(**where, include_dashboard=False if local else None, logging_level=logging.ERROR)
     except Exception as error:  # whatever lies between here and a cluster
         raise ClusterError(
-            f"there is no Ray cluster at runtime.cluster = {address!r}: {reason(error)}; `ray start --head` begins "
-            f'one, and runtime.cluster = "local" needs none'
+            f"no Ray cluster answers at runtime.cluster = {address!r}: {reason(error)}. `ray start --head` begins one; "
+            f"one that asks for a token is reached with RAY_AUTH_MODE=token in the environment; "
+            f'runtime.cluster = "local" needs none'
         ) from error
     return ray

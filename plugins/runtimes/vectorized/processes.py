@@ -110,8 +110,9 @@ class Process:
     def close(self) -> None:
         """End it."""
         self.post.pipe.close()
-        # It would see that: but workers that were forked after it hold this end of its line, too.
-        self.process.terminate()
+        # It would see that, but workers that were forked after it hold this end of its line, too. Killed, and not
+        # asked to end: it has nothing to put away, and may have inherited a handler that makes noise.
+        self.process.kill()
         self.process.join()
 
 

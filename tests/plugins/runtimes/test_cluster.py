@@ -109,7 +109,7 @@ def test_a_cluster_that_is_not_there_is_told_of(monkeypatch: pytest.MonkeyPatch)
     import ray
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    with pytest.raises(ClusterError, match=r"no Ray cluster at runtime.cluster = 'nowhere:port'.*ray start --head"):
+    with pytest.raises(ClusterError, match=r"no Ray cluster answers at .*'nowhere:port'.*ray start --head"):
         cluster.connect("nowhere:port", 2)
 
 
