@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import traceback
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -61,11 +62,19 @@ def main() -> None:
         serve(train)
         os._exit(0)  # the simulation's own way out waits for seconds
 
-    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": os.cpu_count()}}
+    # A Ray of its own, whatever else runs on this machine.
+    resources = {
+        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+        "init_args": {"address": "local", "num_cpus": os.cpu_count()},
+    }
     # By its module's name: Ray's workers would get __main__ as a copy with every message, its cache empty.
     from benchmarks.peer_programs import flower
 
-    run_simulation(server_app, flower.client_app, nodes, backend_config=resources)
+    try:
+        run_simulation(server_app, flower.client_app, nodes, backend_config=resources)
+    except RuntimeError:
+        traceback.print_exc()
+        os._exit(1)  # the server's thread would wait for nodes for ever
 
 
 if __name__ == "__main__":
