@@ -3,6 +3,7 @@
     python benchmarks/simulation.py                  # the three workloads; prints a table, writes simulation.json
     python benchmarks/simulation.py --population     # 100 to 1,000,000 registered clients at one cohort size
     python benchmarks/simulation.py tower --rounds 40 --runtimes vectorized:workers=2 torch_loop
+    python benchmarks/simulation.py tower --runtimes vectorized 'vectorized:workers=2,cluster="local"'       # Ray
 
 A client's visit is timed from the draw of its batches to its updates: data preparation, fetched rows, training and the
 store of what it keeps, all by way of ``core/client.py``, as a run does it. Steady state: the first rounds, which may

@@ -123,6 +123,22 @@ def mean_of(self: Tensor, dim: Sequence[int] | None = None, keepdim: bool = Fals
     return self.sum(dim=axes, keepdim=keepdim) / count
 
 
+def native_layer_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By sums: torch's own goes by way of an operation that ONNX does not have. Also the mean, and one by the
+    deviation, for the backward.
+    """
+    axes = list(range(-len(normalized_shape), 0))
+    mean = mean_of(input, axes, keepdim=True)
+    centred = input - mean
+    scale = 1.0 / torch.sqrt(mean_of(centred * centred, axes, keepdim=True) + eps)
+    out = centred * scale
+    if weight is not None:
+        out = out * weight
+    return (out if bias is None else out + bias), mean, scale
+
+
 def empty_permuted(size: Sequence[int], physical_layout: Sequence[int], **options: Any) -> Tensor:
     """Zeros: nothing reads what was not written, and no engine has undefined values."""
     return torch.zeros(size, dtype=options.get("dtype"))
@@ -377,6 +393,7 @@ OVERRIDES: Mapping[Any, Callable[..., Any]] = {
     aten.nll_loss_backward.default: nll_loss_backward,
     aten.mean.dim: mean_of,
     aten.mean.default: mean_of,
+    aten.native_layer_norm.default: native_layer_norm,
     aten.empty_permuted.default: empty_permuted,
     aten.convolution.default: convolution,
     aten.convolution_backward.default: convolution_backward,

@@ -123,6 +123,7 @@ LIBRARIES = (
     Library("faiss-cpu", "faiss", "nothing yet (search in large catalogues)", "cloud"),
     Library("grpcio", "grpc", "the wire between devices and a server", "device"),
     Library("protobuf", "google.protobuf", "the messages of the wire", "device"),
+    Library("ray", "ray", "a simulation's workers on a cluster", "ray"),
     Library("MNN", "MNN", "the mnn runtime: training on devices", "device"),
     Library("cryptography", "cryptography", "certificates, and signatures of plans", "device"),
 )
@@ -137,6 +138,7 @@ FEATURES = (
     Feature("the mlflow tracker", ("mlflow-skinny",)),
     Feature("export to devices, and the onnx runtime", (*TRAINING, "onnx", "onnxscript", "onnxruntime", "safetensors")),
     Feature("certificates, enrolment and signatures", (*BASE, "grpcio", "protobuf", "cryptography")),
+    Feature("runtime.cluster: workers on a Ray cluster", (*TRAINING, "ray")),
     Feature("the mnn runtime", (*TRAINING, "onnx", "onnxscript", "MNN", "safetensors")),
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,8 @@ class ExportedRuntime:
             InputError: the plan or the data does not fit the graph.
             EngineError: the engine failed or died.
         """
+        # An engine is fed whole arrays: what is looked up here would be looked up in a table that it does not have.
+        work = replace(work, inputs={name: np.asarray(value) for name, value in work.inputs.items()})
         visit = Visit.of(self.model, work, self.model.cloud.width)
         if visit not in self._opened:
             bundle = cached_bundle(self.model, self.local, visit, self.format.suffix)

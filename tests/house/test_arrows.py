@@ -29,6 +29,7 @@ BREACHES = {
     "plugins/aggregators/fedavg.py": ("import faiss", "Every other heavy library"),
     "plugins/transports/grpc/codec.py": ("import torch", "The device path"),
     "plugins/transports/in_process.py": ("import grpc", "Every other heavy library"),
+    "plugins/runtimes/vectorized/crew.py": ("import ray", "Every other heavy library"),
 }
 
 # What the command line of core, and the promises, need besides what core needs.

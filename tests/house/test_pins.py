@@ -47,7 +47,7 @@ def asked(*extras: str) -> list[Requirement]:
     ("file", "extras"),
     [
         ("cpu.txt", ["cloud", "device", "server", "trackers"]),
-        ("test.txt", ["cloud", "device", "server", "trackers", "test"]),
+        ("test.txt", ["cloud", "device", "server", "ray", "trackers", "test"]),
     ],
 )
 def test_every_requirement_is_pinned_to_a_version_that_satisfies_it(file: str, extras: list[str]) -> None:

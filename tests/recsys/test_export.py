@@ -21,6 +21,7 @@ from fedtower.core.plan import Plan, RowSettings
 from fedtower.core.registry import discover
 from fedtower.core.settings import Part
 from fedtower.core.store import ClientStore
+from fedtower.plugins.exporters.onnx.exporter import OnnxExporter
 from fedtower.plugins.runtimes.onnx.device import open_scorer
 from fedtower.recsys import export
 from fedtower.recsys import run as api
@@ -130,6 +131,19 @@ class Indexing(ExampleTower):
         return functional.cross_entropy(self.logits(slots, inputs), inputs["label"].long(), reduction="none")
 
 
+class Normalising(ExampleTower):
+    """Layer norms over one axis and over two, with and without scale and shift."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.out = torch.nn.LayerNorm((9, 9), eps=1e-3), linear(18, 4, torch.Generator().manual_seed(1))
+        self.scale = torch.nn.Parameter(torch.linspace(-1.0, 1.0, 4))
+
+    def logits(self, slots: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        logits: torch.Tensor = self.out(self.both(inputs["dense"]).sum(dim=2).flatten(1))
+        return logits + functional.layer_norm(logits, (4,)) + functional.layer_norm(logits, (4,), self.scale)
+
+
 @pytest.mark.parametrize(
     "tower",
     [
@@ -138,8 +152,9 @@ class Indexing(ExampleTower):
         Sliding(lambda maps: max_pool2d(maps, 2), stride=2, padding=2),
         Sliding(lambda maps: max_pool2d(maps, 3, stride=1), dilation=2),
         Indexing(),
+        Normalising(),
     ],
-    ids=["averages", "overlapping averages", "greatest", "overlapping greatest", "indexing"],
+    ids=["averages", "overlapping averages", "greatest", "overlapping greatest", "indexing", "norms"],
 )
 def test_what_torch_leaves_whole_is_taken_apart_without_a_difference(tower: ExampleTower) -> None:
     case = cases()["images"]
@@ -162,6 +177,21 @@ def test_what_torch_leaves_whole_is_taken_apart_without_a_difference(tower: Exam
     for (name, leaf), slope in zip(leaves.items(), slopes, strict=True):
         want = (leaf - values["lr"] * slope).detach().numpy()
         np.testing.assert_allclose(got[name], want, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def step_of(tower: ExampleTower) -> Traced:
+    ports = (Port("x0", "input", "dense", (4, 2, 9, 9)), Port("x1", "input", "label", (4,), "float32", 0, 3))
+    seen = Visit((), (*ports, Port("x2", "input", "weight", (4,))), None)
+    return trace_step(Declared(tower), cases()["images"].plan().local, seen)[0]
+
+
+def test_layer_norms_are_made_of_verified_operations(tmp_path: Path) -> None:
+    assert OnnxExporter().write(step_of(Normalising()), tmp_path).is_file()
+
+
+def test_what_onnx_does_not_have_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"torch cannot write the train graph in ONNX: .*prod.*decompose this one"):
+        OnnxExporter().write(step_of(Indexing()), tmp_path)
 
 
 def test_no_bundle_and_no_plan_holds_anything_of_the_cloud() -> None:

@@ -22,7 +22,9 @@ class OnnxExporter:
     """Writes ``NAME.onnx``."""
 
     def write(self, graph: Traced, folder: Path) -> Path:
-        """The file. Raises ExportError, naming every operation that is not on the verified list."""
+        """The file. Raises ExportError, naming what ONNX does not have, or every operation that is not on the verified
+        list.
+        """
         model = rewritten(self._converted(graph))
         wrong = unverified(model)
         if wrong:
@@ -37,19 +39,29 @@ class OnnxExporter:
         return path
 
     def _converted(self, graph: Traced) -> onnx.ModelProto:
-        with _quiet():
-            program: Any = torch.onnx.export(
-                graph.module.eval(),
-                tuple(value.clone() for value in graph.examples),
-                dynamo=True,
-                # Its optimiser deletes an addition of 1e-8, and Adam divides by zero.
-                optimize=False,
-                input_names=[port.port for port in graph.inputs],
-                output_names=[port.port for port in graph.outputs],
-                verbose=False,
-            )
+        try:
+            with _quiet():
+                program: Any = self._exported(graph)
+        except torch.onnx.OnnxExporterError as error:
+            reasons = [line.strip() for line in str(error).splitlines() if line.startswith("<class")]
+            raise ExportError(
+                f"torch cannot write the {graph.name} graph in ONNX: {' '.join(reasons)[:300] or error}; write the "
+                f"tower or the loss with other operations, or decompose this one in fedtower.recsys.decompositions"
+            ) from error
         model: onnx.ModelProto = program.model_proto
         return model
+
+    def _exported(self, graph: Traced) -> Any:
+        return torch.onnx.export(
+            graph.module.eval(),
+            tuple(value.clone() for value in graph.examples),
+            dynamo=True,
+            # Its optimiser deletes an addition of 1e-8, and Adam divides by zero.
+            optimize=False,
+            input_names=[port.port for port in graph.inputs],
+            output_names=[port.port for port in graph.outputs],
+            verbose=False,
+        )
 
 
 @contextmanager

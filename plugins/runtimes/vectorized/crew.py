@@ -1,23 +1,19 @@
-"""A cohort split over worker processes: each prepares the data of its share of a block, and trains it.
+"""A cohort split over workers: each prepares the data of its share of a block, and trains it.
 
-Workers are forked when the first block comes, so they hold the run's data without a copy of it. Arrays go to and fro
-through memory that both sides share; who is trained where changes no bit.
+Where the workers are (processes of this machine, a cluster) is another file's matter; who is trained where changes no
+bit.
 """
 
 from __future__ import annotations
 
-import mmap
-import multiprocessing
-import pickle
-from collections.abc import Mapping, Sequence
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkProcess
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fedtower.core.client import ClientData
@@ -30,17 +26,36 @@ from fedtower.core.updates import Updates, stack
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 States = Mapping[str, FloatArray]
+Message = tuple[str, Plan, Any]  # what to do (prepare, resume, train), the plan, and the clients or their work
 
-# Addresses, not memory: pages that no block ever needs are never allocated. What does not fit goes through the pipe.
-_SHARED_BYTES = 1 << 30
+_log = logging.getLogger("fedtower.vectorized")
 
 
 class WorkerDied(FedtowerError):
-    """A worker process of a simulation ended without an answer."""
+    """A worker of a simulation ended without an answer."""
 
 
 class WorkerFailed(FedtowerError):
-    """A worker process ran into an error that cannot be sent as it is."""
+    """A worker ran into an error that cannot be sent as it is."""
+
+
+class Worker(Protocol):
+    """One that trains, as the crew sees it: every message has one answer."""
+
+    def send(self, message: Message) -> None:
+        """Let it work. One that is gone is told of by :meth:`receive`."""
+        ...
+
+    def receive(self) -> Any:
+        """Its answer, or the exception it ran into. Raises WorkerDied when there will be none."""
+        ...
+
+    def close(self) -> None:
+        """End it."""
+        ...
+
+
+Hire = Callable[[ClientData | None, int], Worker]
 
 
 @dataclass(frozen=True)
@@ -49,13 +64,15 @@ class Prepared(Work):
 
 
 class Crew:
-    """A runtime in ``workers`` processes."""
+    """A runtime in so many workers. ``hire(data, number)`` starts one."""
 
-    def __init__(self, runtime: Runtime, workers: int) -> None:
-        self._runtime = runtime
+    def __init__(self, hire: Hire, workers: int) -> None:
+        self._hire = hire
         self._count = workers
         self._data: ClientData | None = None
         self._workers: list[Worker] = []
+        self._prepared: list[Message] = []  # what each worker has prepared last: one in its place has to do it again
+        weakref.finalize(self, _end, self._workers)
 
     def prepares(self, data: ClientData) -> ClientData:
         """The same data, its batches made by the workers."""
@@ -64,8 +81,8 @@ class Crew:
 
     def work(self, plan: Plan, clients: IntArray) -> Work:
         """One visit of each client, without the batches."""
-        shares = np.array_split(clients, self._count)
-        parts: list[Work] = self._ask([("prepare", plan, share) for share in shares])
+        self._prepared = [("prepare", plan, share) for share in self._shares(clients)]
+        parts: list[Work] = self._ask(self._prepared)
         row_ids = {}
         for source in parts[0].row_ids:
             held = [part.row_ids[source] for part in parts]
@@ -78,155 +95,86 @@ class Crew:
 
     def train(self, plan: Plan, work: Work) -> tuple[Updates, States]:
         """The updates of the clients of ``work``, and what their device parameters have become."""
-        edges = np.cumsum([0, *(len(share) for share in np.array_split(work.clients, self._count))])
+        edges = np.cumsum([0, *(len(share) for share in self._shares(work.clients))])
         shares = [_share(work, first, last) for first, last in pairwise(edges.tolist())]
         told = "resume" if isinstance(work, Prepared) else "train"
         done: list[tuple[Updates, States]] = self._ask([(told, plan, share) for share in shares])
-        updates = stack(updates for updates, _ in done if len(updates))
-        return updates, {name: np.concatenate([own[name] for _, own in done]) for name in work.states}
+        return stack(updates for updates, _ in done), {
+            name: np.concatenate([own[name] for _, own in done]) for name in work.states
+        }
 
     def close(self) -> None:
-        """End the workers."""
-        for worker in self._workers:
-            worker.close()
-        self._workers = []
+        """End the workers. Those of a crew that is no longer referred to end by themselves."""
+        _end(self._workers)
 
-    def _ask(self, messages: Sequence[tuple[str, Plan, Any]]) -> list[Any]:
-        """Every worker's answer to its message, in the workers' order; all work at the same time."""
-        if not self._workers:
-            self._workers = [Worker.start(self._runtime, self._data, number) for number in range(self._count)]
-        for worker, message in zip(self._workers, messages, strict=True):
+    def _shares(self, clients: IntArray) -> list[IntArray]:
+        """Who goes to which worker: nobody gets an empty share as long as there are clients."""
+        return np.array_split(clients, max(1, min(self._count, len(clients))))
+
+    def _ask(self, messages: Sequence[Message]) -> list[Any]:
+        """The answers of as many workers as there are messages, in their order; all work at the same time."""
+        for number in range(len(self._workers), len(messages)):
+            self._workers.append(self._hire(self._data, number))
+        for worker, message in zip(self._workers, messages, strict=False):
             worker.send(message)
-        answers = [worker.receive() for worker in self._workers]  # all of them: a later message needs a free worker
+        try:
+            # All of them, whatever they are: a later message needs a worker that has nothing left to say.
+            answers = [self._answer(number, message) for number, message in enumerate(messages)]
+        except FedtowerError:
+            self.close()
+            raise
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
         return answers
 
-
-@dataclass(frozen=True)
-class Post:
-    """One end of a line to another process: the arrays of a message through shared memory, the rest through a pipe."""
-
-    pipe: Connection
-    outgoing: mmap.mmap
-    incoming: mmap.mmap
-
-    @staticmethod
-    def pair() -> tuple[Post, Post]:
-        """Both ends."""
-        here, there = multiprocessing.Pipe()
-        down, up = mmap.mmap(-1, _SHARED_BYTES), mmap.mmap(-1, _SHARED_BYTES)
-        return Post(here, down, up), Post(there, up, down)
-
-    def send(self, message: Any) -> None:
-        """Send; what was sent before must have been used up."""
-        places: list[tuple[int, int]] = []
-        used = 0
-
-        def keep(buffer: pickle.PickleBuffer) -> bool:
-            nonlocal used
-            raw = buffer.raw()
-            if used + raw.nbytes > len(self.outgoing):
-                return True  # no room: within the message
-            self.outgoing[used : used + raw.nbytes] = raw
-            places.append((used, used + raw.nbytes))
-            used += -(-raw.nbytes // 64) * 64
-            return False
-
-        body = pickle.dumps(message, protocol=5, buffer_callback=keep)
-        self.pipe.send((places, body))
-
-    def receive(self) -> Any:
-        """The next message; its arrays are views that last until the next one. Raises EOFError at the end."""
-        places, body = self.pipe.recv()
-        shared = memoryview(self.incoming)
-        return pickle.loads(body, buffers=[shared[first:last] for first, last in places])
-
-
-@dataclass(frozen=True)
-class Worker:
-    """A process that trains, as its parent sees it."""
-
-    process: ForkProcess
-    post: Post
-    number: int
-
-    @staticmethod
-    def start(runtime: Runtime, data: ClientData | None, number: int) -> Worker:
-        """Fork it. As torch's own data loaders do: a forked process may use torch as long as it uses one thread."""
-        here, there = Post.pair()
-        process = multiprocessing.get_context("fork").Process(
-            target=_serve, args=(runtime, data, here, there), daemon=True, name=f"fedtower-worker-{number}"
-        )
-        process.start()
-        there.pipe.close()
-        return Worker(process, here, number)
-
-    def send(self, message: Any) -> None:
-        """Let it work."""
+    def _answer(self, number: int, message: Message) -> Any:
+        """The answer of a worker, or of the one that takes its place when it has died."""
         try:
-            self.post.send(message)
-        except OSError as error:
-            raise self._died() from error
-
-    def receive(self) -> Any:
-        """Its answer, or the exception it ran into."""
-        try:
-            return self.post.receive()
-        except (EOFError, OSError) as error:
-            raise self._died() from error
-
-    def close(self) -> None:
-        """End it."""
-        self.post.pipe.close()
-        self.process.join(timeout=5)
-        if self.process.is_alive():
-            self.process.terminate()
-            self.process.join()
-
-    def _died(self) -> WorkerDied:
-        self.process.join(timeout=1)
-        return WorkerDied(
-            f"worker {self.number} of the vectorized runtime ended with exit code {self.process.exitcode} in the "
-            f"middle of its work (-9 is often the system's want of memory: lower transport.block or runtime.workers); "
-            f"`fedtower resume` goes on from the last checkpoint"
-        )
+            return self._workers[number].receive()
+        except WorkerDied as death:
+            _log.warning("%s; another one does its share again", death)
+        self._workers[number].close()
+        worker = self._workers[number] = self._hire(self._data, number)
+        for again in [self._prepared[number], message] if message[0] == "resume" else [message]:
+            worker.send(again)
+            answer = worker.receive()  # a second death is the block's or the machine's fault, and is told of
+        return answer
 
 
-def _serve(runtime: Runtime, data: ClientData | None, parents: Post, post: Post) -> None:
-    """Answer until the parent hangs up."""
-    parents.pipe.close()  # or this process would never see that its parent is gone
-    torch.set_num_threads(1)
-    held: Work | None = None
-    while True:
-        try:
-            told, plan, given = post.receive()
-        except (EOFError, OSError, KeyboardInterrupt):
-            return
+class Bench:
+    """What a worker does, wherever it is: it keeps the batches that it has prepared until it trains on them."""
+
+    def __init__(self, runtime: Runtime, data: ClientData | None, name: str) -> None:
+        self._runtime, self._data, self._name = runtime, data, name
+        self._held: Work | None = None
+
+    def answer(self, told: str, plan: Plan, given: Any) -> Any:
+        """The answer to a message; of one that fails, the exception, which is the crew's to raise."""
         try:
             if told == "prepare":
-                assert data is not None
-                held = data.work(plan, np.array(given))
-                answer: Any = replace(held, inputs={}, slots={})
-            elif told == "resume":
-                assert held is not None
-                answer = _packed(runtime.train(plan, replace(held, rows=given.rows, states=given.states)))
-            else:
-                answer = _packed(runtime.train(plan, given))
-        except KeyboardInterrupt:
-            return
-        except Exception as error:  # it is the parent's to report
-            error.add_note(f"in worker process {multiprocessing.current_process().name}")
-            answer = error
-        try:
-            post.send(answer)
-        except (pickle.PicklingError, TypeError, AttributeError):  # an exception that does not travel
-            post.send(WorkerFailed(f"a worker of the vectorized runtime failed: {answer!r}"))
+                assert self._data is not None
+                self._held = self._data.work(plan, np.array(given))
+                return replace(self._held, inputs={}, slots={})
+            if told == "resume":
+                assert self._held is not None
+                given = replace(self._held, rows=given.rows, states=given.states)
+            updates, states = self._runtime.train(plan, given)
+            return updates, dict(states)
+        except Exception as error:
+            error.add_note(f"in {self._name}")
+            return error
 
 
-def _packed(done: tuple[Updates, States]) -> tuple[Updates, dict[str, FloatArray]]:
-    return done[0], dict(done[1])
+def unsendable(answer: Any) -> WorkerFailed:
+    """What is sent in the place of an answer, an exception, that cannot be pickled."""
+    return WorkerFailed(f"a worker of the vectorized runtime failed: {answer!r}")
+
+
+def _end(workers: list[Worker]) -> None:
+    for worker in workers:
+        worker.close()
+    workers.clear()
 
 
 def _share(work: Work, first: int, last: int) -> Work:

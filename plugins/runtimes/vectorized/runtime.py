@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedtower.core.errors import RecipeError
+from fedtower.core.errors import RecipeError, nearest
 from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.runtime import Lookup, Runtime, Work
 from fedtower.core.updates import Rows, Updates
+from fedtower.plugins.runtimes.vectorized.cluster import Cluster
 from fedtower.plugins.runtimes.vectorized.compiled import Flat, compiled, plain
 from fedtower.plugins.runtimes.vectorized.crew import Crew
 from fedtower.plugins.runtimes.vectorized.graph import Kind, Lanes, trace
+from fedtower.plugins.runtimes.vectorized.processes import hired_by
 from fedtower.recsys.models import Declared
 from fedtower.recsys.step import Step, make_step
 
@@ -37,6 +39,7 @@ NamedArrays = dict[str, FloatArray]
 COMPILED_LANES, PLAIN_LANES = 8, 32
 # Rows are padded to the next of these numbers, times a power of two, so that few distinct steps are compiled.
 FEWEST_ROWS = 256
+CLUSTERS = ("ray", "local", "auto")
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,33 @@ class Vectorized:
     workers: int = field(
         default=1, metadata={"help": "processes that a cohort is split over; 1: this one. It changes no bit"}
     )
+    cluster: str = field(
+        default="",
+        metadata={
+            "help": "where the workers are. Empty: this machine; ray (RAY_ADDRESS, else local), local, auto, host:port "
+            "or ray://host:port: a Ray cluster"
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise RecipeError(f"runtime.workers must be at least 1, not {self.workers}")
         if self.lanes < 0:
             raise RecipeError(f"runtime.lanes must be a number of clients, or 0 for the default, not {self.lanes}")
+        if self.cluster not in ("", *CLUSTERS) and ":" not in self.cluster:
+            raise RecipeError(
+                f"runtime.cluster must be empty, one of {', '.join(CLUSTERS)}, or an address such as ray://host:10001, "
+                f"not {self.cluster!r}{nearest(self.cluster, CLUSTERS)}"
+            )
 
     def open(self, model: Declared, local: LocalSettings) -> Runtime:
         """The runtime for one model and one kind of visit."""
+        if self.cluster:
+            here = replace(self, workers=1, cluster="")
+            return Crew(Cluster(self.cluster, self.workers, here, model, local).hire, self.workers)
         lanes = self.lanes or (COMPILED_LANES if self.compile else PLAIN_LANES)
         cohort = Cohort(make_step(model.shared, local), lanes, self.compile)
-        return cohort if self.workers == 1 else Crew(cohort, self.workers)
+        return cohort if self.workers == 1 else Crew(hired_by(cohort), self.workers)
 
 
 class Cohort:

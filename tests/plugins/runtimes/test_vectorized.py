@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from fedtower.core.updates import Updates, stack
 from fedtower.plugins.runtimes.torch_loop.runtime import TorchLoop
 from fedtower.plugins.runtimes.vectorized import compiled
 from fedtower.plugins.runtimes.vectorized.crew import Crew, WorkerDied, WorkerFailed
+from fedtower.plugins.runtimes.vectorized.processes import Process
 from fedtower.plugins.runtimes.vectorized.runtime import FEWEST_ROWS, Desk, Vectorized, by_rows
 from fedtower.recsys.testing.examples import Case, cases
 from fedtower.recsys.testing.runtime import RuntimePromises
@@ -106,7 +108,7 @@ def test_the_same_bits_in_blocks_of_1_7_and_64_and_with_2_workers(case: Case, ru
     whole = in_blocks(runtime, case, plan, work, 64)
     for size in (1, 7):
         assert_same_bits(in_blocks(runtime, case, plan, work, size), whole)
-    for size in (7, 64):
+    for size in (1, 7, 64):
         assert_same_bits(in_blocks(replace(runtime, workers=2), case, plan, work, size), whole)
 
 
@@ -232,14 +234,41 @@ def test_an_error_that_cannot_be_sent_is_told_of(crew: tuple[Case, Plan, Work, C
         opened.prepares(Refusing()).work(plan, np.array([3, 4]))
 
 
-def test_a_killed_worker_is_told_of(crew: tuple[Case, Plan, Work, Crew]) -> None:
+def test_another_worker_does_the_share_of_a_killed_one_again(
+    crew: tuple[Case, Plan, Work, Crew], caplog: pytest.LogCaptureFixture
+) -> None:
+    case, plan, work, opened = crew
+    clients = np.arange(9)
+    prepared = opened.prepares(Given(work)).work(plan, clients)
+    victim = opened._workers[1]
+    assert isinstance(victim, Process)
+    assert victim.process.pid is not None
+    os.kill(victim.process.pid, signal.SIGKILL)
+    updates, states = opened.train(plan, replace(prepared, rows=work.rows, states=work.states))
+    wanted, own = PLAIN.open(case.model, plan.local).train(plan, work)
+    assert_same_bits(updates, wanted)
+    assert_same_bits(dict(states), dict(own))
+    (said,) = (record.getMessage() for record in caplog.records if record.name == "fedtower.vectorized")
+    assert re.search(r"worker 1 .* exit code -9 .*another one does its share again", said)
+
+
+@dataclass(frozen=True)
+class Deadly(Given):
+    """Whoever prepares client 3 dies of it."""
+
+    parent: int
+
+    def work(self, plan: Plan, clients: NDArray[np.int64]) -> Work:
+        if 3 in clients and os.getpid() != self.parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().work(plan, clients)
+
+
+def test_a_second_death_is_told_of(crew: tuple[Case, Plan, Work, Crew]) -> None:
     _, plan, work, opened = crew
-    opened.prepares(Given(work)).work(plan, np.array([3, 4]))
-    victim = opened._workers[1].process
-    assert victim.pid is not None
-    os.kill(victim.pid, signal.SIGKILL)
-    with pytest.raises(WorkerDied, match=r"worker 1 .* exit code -9"):
-        opened.work(plan, np.array([3, 4]))
+    with pytest.raises(WorkerDied, match=r"worker 0 .* exit code -9.*fedtower resume"):
+        opened.prepares(Deadly(work, os.getpid())).work(plan, np.array([3, 4]))
+    assert opened.work(plan, np.array([5, 4])).clients.tolist() == [5, 4], "it goes on with new workers"
 
 
 def test_a_visit_is_the_same_with_workers(crew: tuple[Case, Plan, Work, Crew]) -> None:
@@ -275,8 +304,8 @@ class Rows:
     def restore(self, arrays: object) -> None: ...
 
 
-@pytest.mark.parametrize("settings", [{"workers": 0}, {"lanes": -1}])
-def test_settings_that_mean_nothing_are_refused(settings: dict[str, int]) -> None:
+@pytest.mark.parametrize("settings", [{"workers": 0}, {"lanes": -1}, {"cluster": "locl"}])
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, int | str]) -> None:
     with pytest.raises(RecipeError, match="runtime"):
         Vectorized(**settings)  # type: ignore[arg-type]
 
