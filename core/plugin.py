@@ -49,6 +49,13 @@ KINDS = (
         summary="signs what devices run",
     ),
     Kind(
+        "journal",
+        seam="fedtower.core.journal:JournalFactory",
+        promises="fedtower.core.testing.journal:JournalPromises",
+        template="fedtower.core:scaffold/journal",
+        summary="keeps what was accepted, durably",
+    ),
+    Kind(
         "tracker",
         seam="fedtower.core.hooks:Observing",
         promises="fedtower.core.testing.observer:ObserverPromises",

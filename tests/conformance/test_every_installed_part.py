@@ -14,6 +14,7 @@ HOW_MANY = {
     "command": 14,
     "dataset": 6,
     "exporter": 2,
+    "journal": 1,
     "model": 6,
     "recipe": 8,
     "runtime": 4,

@@ -1,0 +1,1 @@
+"""Journals: what has been accepted, durably."""

@@ -1,0 +1,266 @@
+"""SQLite: the journal of a federation whose processes share one machine; nothing to install, nothing to start.
+
+Payloads are appended to segments and flushed; then one transaction makes the whole batch count, and its clients are
+answered. A kill between the two leaves bytes that nobody was told about: they are cut off when a journal is opened.
+Large values in the database itself would go through its log and its pages, that is twice to the disk.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from fedtower.core.checkpoint import storage_errors
+from fedtower.core.errors import DISK_ERRORS, StorageError
+from fedtower.core.group_commit import GroupCommit, Limits
+from fedtower.core.journal import (
+    Accepted,
+    Clock,
+    DamagedRecord,
+    Lease,
+    Outcome,
+    RoundRecord,
+    State,
+    Task,
+    Upload,
+    WrongState,
+    check_advance,
+    check_epoch,
+    check_open,
+    check_retirable,
+    since_boot,
+    unknown_window,
+)
+from fedtower.plugins.journals.sqlite.batches import Answer, Grant, Order, Prepared, Renewal, commit, prepare
+from fedtower.plugins.journals.sqlite.index import ROUND, Index, round_record
+from fedtower.plugins.journals.sqlite.segments import ADVICE, Place, Segment, is_written, read_payload, segment_path
+
+_PAGE = 64
+
+
+@dataclass(frozen=True)
+class SQLite:
+    """A journal in a folder: ``index.sqlite`` and ``segments/``. The folder is on a local disk: SQLite's log needs
+    memory that the processes share.
+    """
+
+    segment_bytes: int = field(default=64 << 20, metadata={"help": "a new segment is begun when one is this long"})
+    delay_seconds: float = field(default=0.001, metadata={"help": "how long a batch gathers at most"})
+    busy_seconds: float = field(default=5.0, metadata={"help": "how long another process's lock is waited for"})
+    keep_rounds: int = field(default=100, metadata={"help": "retired rounds whose leases are still known"})
+
+    def open(self, folder: Path, federation: str, clock: Clock | None = None) -> SQLiteJournal:
+        """The journal in ``folder``."""
+        with storage_errors(folder):
+            (folder / "segments").mkdir(parents=True, exist_ok=True)
+        index, reader = (Index(folder / "index.sqlite", self.busy_seconds) for _ in range(2))
+        index.prepare(federation)
+        with storage_errors(folder):
+            _tidy(folder / "segments", index)
+        return SQLiteJournal(folder, self, index, reader, clock or since_boot)
+
+
+class SQLiteJournal:
+    """An open journal; see :class:`fedtower.core.journal.Journal`."""
+
+    def __init__(self, folder: Path, settings: SQLite, index: Index, reader: Index, clock: Clock) -> None:
+        self._folder = folder / "segments"
+        self._settings = settings
+        self._index, self._reader = index, reader
+        self._segment: Segment | None = None
+        self._orders: GroupCommit[Order, Prepared, Answer] = GroupCommit(
+            "journal",
+            lambda orders: prepare(orders, reader, clock, self._append),
+            lambda orders: commit(orders, index, clock),
+            Limits(settings.delay_seconds),
+        )
+
+    def claim(self) -> int:
+        """A new epoch."""
+        with self._index.write() as connection:
+            (epoch,) = connection.execute("UPDATE federation SET epoch = epoch + 1 RETURNING epoch").fetchone()
+        return int(epoch)
+
+    def open_round(self, epoch: int, round: int, task: Task, plan: str) -> RoundRecord:
+        """The window, open."""
+        with self._index.write() as connection:
+            _check_epoch(connection, epoch)
+            found = _find(connection, round, task)
+            if found is None:
+                values = (round, task, epoch, plan)
+                connection.execute("INSERT INTO rounds VALUES (?, ?, 'open', ?, ?, '', 0, 0)", values)
+            else:
+                check_open(found, plan)
+        return found or RoundRecord(round, task, "open", epoch, plan)
+
+    def advance(self, epoch: int, round: int, task: Task, state: State, reason: str = "") -> RoundRecord:
+        """The window in its next state."""
+        with self._index.write() as connection:
+            _check_epoch(connection, epoch)
+            record = _record(connection, round, task)
+            if check_advance(record, state):
+                connection.execute(
+                    "UPDATE rounds SET state = ?, epoch = ?, reason = ? WHERE round = ? AND task = ?",
+                    (state, epoch, reason, round, task),
+                )
+            return _record(connection, round, task)
+
+    def rounds(self) -> list[RoundRecord]:
+        """The windows."""
+        with self._reader.read() as connection:
+            return _rounds(connection)
+
+    def record(self, round: int, task: Task) -> RoundRecord:
+        """One window."""
+        with self._reader.read() as connection:
+            return _record(connection, round, task)
+
+    def lease(self, round: int, task: Task, client: int, seconds: float) -> Future[Lease | None]:
+        """A lease, when it is durable."""
+        return cast("Future[Lease | None]", self._orders.submit(Grant(round, task, client, seconds)))
+
+    def renew(self, lease: bytes, seconds: float) -> Future[Lease | None]:
+        """The lease with another end, when it is durable."""
+        return cast("Future[Lease | None]", self._orders.submit(Renewal(lease, seconds)))
+
+    def accept(self, upload: Upload) -> Future[Outcome]:
+        """What becomes of the upload, when it is durable."""
+        return cast("Future[Outcome]", self._orders.submit(upload, upload.nbytes))
+
+    def accepted(self, round: int, task: Task, after: int = 0) -> Iterator[Accepted]:
+        """The uploads of a window, each read when it is asked for."""
+        if self.record(round, task).retired:
+            raise WrongState(f"the uploads of round {round} ({task}) are gone: a checkpoint holds what came of them")
+        with ExitStack() as stack:
+            files: dict[int, int] = {}
+            while rows := self._page(round, task, after):
+                for position, client, lease, digest, *place in rows:
+                    whose = Place(*place)
+                    path = segment_path(self._folder, whose.segment)
+                    named = f"{path}: the upload of client {client} in round {round} ({task}), at position {position}"
+                    if whose.segment not in files:
+                        files[whose.segment] = _open(path, named)
+                        stack.callback(os.close, files[whose.segment])
+                    payload = read_payload(files[whose.segment], whose, lease, digest, named)
+                    yield Accepted(round, task, position, client, lease, payload)
+                    after = position
+
+    def retire(self, epoch: int, through: int) -> None:
+        """Remove the payloads of these rounds, segment by segment, as soon as nothing else is in one."""
+        with self._index.write() as connection:
+            _check_epoch(connection, epoch)
+            check_retirable(_rounds(connection), through)
+            connection.execute("UPDATE rounds SET retired = 1 WHERE round <= ?", (through,))
+            connection.execute("DELETE FROM uploads WHERE round <= ?", (through,))
+            for table in ("leases", "rounds"):
+                connection.execute(f"DELETE FROM {table} WHERE round <= ?", (through - self._settings.keep_rounds,))
+            empty = _unused(connection, self._folder)
+            connection.executemany("DELETE FROM segments WHERE number = ?", [(number,) for number in empty])
+        for number in empty:  # a kill before this leaves files that the index does not have: see _tidy
+            segment_path(self._folder, number).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Commit what waits, and let go of the files."""
+        self._orders.close()
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
+        for index in (self._index, self._reader):
+            index.close()
+
+    def _append(self, uploads: Sequence[Upload]) -> list[Place]:
+        """Where the payloads lie now, durably; only one thread calls this."""
+        if self._segment is None or self._segment.end >= self._settings.segment_bytes:
+            self._begin_segment()
+        assert self._segment is not None  # it was just begun
+        try:
+            return self._segment.append(uploads)
+        except OSError as error:
+            # What a failed write or flush has left is unknown, so nothing is ever added behind it.
+            failed, self._segment = self._segment, None
+            with suppress(OSError):
+                failed.close()
+            raise _storage_error(failed.path, error) from error
+
+    def _begin_segment(self) -> None:
+        finished, self._segment = self._segment, None
+        if finished is not None:
+            finished.close()
+        with self._index.write() as connection:
+            number = connection.execute("INSERT INTO segments (extent) VALUES (0)").lastrowid
+            assert number is not None  # of the row just made
+            try:
+                self._segment = Segment(self._folder, number)
+            except OSError as error:
+                raise _storage_error(segment_path(self._folder, number), error) from error
+
+    def _page(self, round: int, task: Task, after: int) -> list[tuple[Any, ...]]:
+        with self._reader.read() as connection:
+            return connection.execute(
+                "SELECT position, client, lease, digest, segment, offset, length "
+                "FROM uploads JOIN leases ON id = lease "
+                "WHERE uploads.round = ? AND uploads.task = ? AND position > ? ORDER BY position LIMIT ?",
+                (round, task, after, _PAGE),
+            ).fetchall()
+
+
+def _check_epoch(connection: sqlite3.Connection, epoch: int) -> None:
+    check_epoch(epoch, *connection.execute("SELECT epoch FROM federation").fetchone())
+
+
+def _rounds(connection: sqlite3.Connection) -> list[RoundRecord]:
+    return [round_record(row) for row in connection.execute(f"SELECT {ROUND} FROM rounds ORDER BY round, task")]
+
+
+def _find(connection: sqlite3.Connection, round: int, task: Task) -> RoundRecord | None:
+    row = connection.execute(f"SELECT {ROUND} FROM rounds WHERE round = ? AND task = ?", (round, task)).fetchone()
+    return None if row is None else round_record(row)
+
+
+def _record(connection: sqlite3.Connection, round: int, task: Task) -> RoundRecord:
+    record = _find(connection, round, task)
+    if record is None:
+        raise unknown_window(round, task)
+    return record
+
+
+def _unused(connection: sqlite3.Connection, folder: Path) -> list[int]:
+    """The segments in which nothing counts and which nobody writes."""
+    rows = connection.execute("SELECT number FROM segments WHERE number NOT IN (SELECT segment FROM uploads)")
+    return [number for (number,) in rows if not is_written(segment_path(folder, number))]
+
+
+def _tidy(folder: Path, index: Index) -> None:
+    """Cut off or remove what a kill has left behind; segments that a living process writes are left alone."""
+    with index.write() as connection:
+        extents = dict(connection.execute("SELECT number, extent FROM segments").fetchall())
+        for path in folder.glob("*.segment"):
+            if is_written(path):
+                continue
+            extent = extents.get(int(path.stem), 0)
+            if not extent:
+                path.unlink()
+                connection.execute("DELETE FROM segments WHERE number = ?", (int(path.stem),))
+            elif path.stat().st_size > extent:
+                os.truncate(path, extent)
+
+
+def _open(path: Path, whose: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except FileNotFoundError as error:
+        raise DamagedRecord(f"{whose}: the file is gone. {ADVICE}") from error
+
+
+def _storage_error(path: Path, error: OSError) -> StorageError:
+    why = DISK_ERRORS.get(error.errno or 0, f"the disk reports an error ({error}); look at the system's log")
+    return StorageError(
+        f"cannot write to {path}: {why}. What was acknowledged before is safe; the uploads of this moment are not "
+        f"acknowledged, and will be accepted when they are sent again"
+    )
