@@ -231,7 +231,7 @@ class Journal(Protocol):
         ...
 
     def close(self) -> None:
-        """Commit what waits, and let go of all files and connections."""
+        """Commit what waits, and let go of all files and connections; a second time is no error."""
         ...
 
 

@@ -340,6 +340,7 @@ class JournalPromises(Promises):
             leases = [journal.lease(1, "train", client, 60.0) for client in range(100)]
         ids = {lease.id for future in leases if (lease := future.result()) is not None}
         assert len(ids) == 100
+        journal.close()
 
     def test_any_sequence_of_calls_does_what_a_plain_model_does(self) -> None:
         from fedtower.core.testing.journal_machine import run_machine

@@ -21,8 +21,9 @@ from fedtower.core.journal import (
     judge,
     lives,
 )
-from fedtower.plugins.journals.sqlite.index import LEASE, ROUND, Index, lease_record, round_record
+from fedtower.plugins.journals.sqlite.index import LEASE, Index, lease_record
 from fedtower.plugins.journals.sqlite.segments import Place
+from fedtower.plugins.journals.sqlite.windows import find_round
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,7 @@ class Window:
     def _round(self, round: int, task: Task) -> RoundRecord | None:
         key = (round, task)
         if key not in self._rounds:
-            row = self._connection.execute(f"SELECT {ROUND} FROM rounds WHERE round = ? AND task = ?", key).fetchone()
-            self._rounds[key] = None if row is None else round_record(row)
+            self._rounds[key] = find_round(self._connection, round, task)
         return self._rounds[key]
 
     def _state_of(self, held: LeaseRecord | None) -> State:

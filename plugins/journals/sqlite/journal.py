@@ -8,7 +8,6 @@ Large values in the database itself would go through its log and its pages, that
 from __future__ import annotations
 
 import os
-import sqlite3
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
@@ -31,15 +30,15 @@ from fedtower.core.journal import (
     Upload,
     WrongState,
     check_advance,
-    check_epoch,
     check_open,
     check_retirable,
     since_boot,
-    unknown_window,
 )
-from fedtower.plugins.journals.sqlite.batches import Answer, Grant, Order, Prepared, Renewal, commit, prepare
-from fedtower.plugins.journals.sqlite.index import ROUND, Index, round_record
-from fedtower.plugins.journals.sqlite.segments import ADVICE, Place, Segment, is_written, read_payload, segment_path
+from fedtower.plugins.journals.sqlite.batches import Answer, Grant, Order, Placed, Prepared, Renewal, commit, prepare
+from fedtower.plugins.journals.sqlite.index import Index
+from fedtower.plugins.journals.sqlite.retention import tidy, unused
+from fedtower.plugins.journals.sqlite.segments import ADVICE, Place, Segment, read_payload, segment_path
+from fedtower.plugins.journals.sqlite.windows import check_epoch_in, find_round, get_round, rounds_in
 
 _PAGE = 64
 
@@ -62,7 +61,7 @@ class SQLite:
         index, reader = (Index(folder / "index.sqlite", self.busy_seconds) for _ in range(2))
         index.prepare(federation)
         with storage_errors(folder):
-            _tidy(folder / "segments", index)
+            tidy(folder / "segments", index)
         return SQLiteJournal(folder, self, index, reader, clock or since_boot)
 
 
@@ -73,11 +72,13 @@ class SQLiteJournal:
         self._folder = folder / "segments"
         self._settings = settings
         self._index, self._reader = index, reader
+        self._clock = clock
         self._segment: Segment | None = None
+        self._finished: list[Segment] = []
         self._orders: GroupCommit[Order, Prepared, Answer] = GroupCommit(
             "journal",
             lambda orders: prepare(orders, reader, clock, self._append),
-            lambda orders: commit(orders, index, clock),
+            self._commit,
             Limits(settings.delay_seconds),
         )
 
@@ -90,8 +91,8 @@ class SQLiteJournal:
     def open_round(self, epoch: int, round: int, task: Task, plan: str) -> RoundRecord:
         """The window, open."""
         with self._index.write() as connection:
-            _check_epoch(connection, epoch)
-            found = _find(connection, round, task)
+            check_epoch_in(connection, epoch)
+            found = find_round(connection, round, task)
             if found is None:
                 values = (round, task, epoch, plan)
                 connection.execute("INSERT INTO rounds VALUES (?, ?, 'open', ?, ?, '', 0, 0)", values)
@@ -102,24 +103,24 @@ class SQLiteJournal:
     def advance(self, epoch: int, round: int, task: Task, state: State, reason: str = "") -> RoundRecord:
         """The window in its next state."""
         with self._index.write() as connection:
-            _check_epoch(connection, epoch)
-            record = _record(connection, round, task)
+            check_epoch_in(connection, epoch)
+            record = get_round(connection, round, task)
             if check_advance(record, state):
                 connection.execute(
                     "UPDATE rounds SET state = ?, epoch = ?, reason = ? WHERE round = ? AND task = ?",
                     (state, epoch, reason, round, task),
                 )
-            return _record(connection, round, task)
+            return get_round(connection, round, task)
 
     def rounds(self) -> list[RoundRecord]:
         """The windows."""
         with self._reader.read() as connection:
-            return _rounds(connection)
+            return rounds_in(connection)
 
     def record(self, round: int, task: Task) -> RoundRecord:
         """One window."""
         with self._reader.read() as connection:
-            return _record(connection, round, task)
+            return get_round(connection, round, task)
 
     def lease(self, round: int, task: Task, client: int, seconds: float) -> Future[Lease | None]:
         """A lease, when it is durable."""
@@ -154,23 +155,23 @@ class SQLiteJournal:
     def retire(self, epoch: int, through: int) -> None:
         """Remove the payloads of these rounds, segment by segment, as soon as nothing else is in one."""
         with self._index.write() as connection:
-            _check_epoch(connection, epoch)
-            check_retirable(_rounds(connection), through)
+            check_epoch_in(connection, epoch)
+            check_retirable(rounds_in(connection), through)
             connection.execute("UPDATE rounds SET retired = 1 WHERE round <= ?", (through,))
             connection.execute("DELETE FROM uploads WHERE round <= ?", (through,))
             for table in ("leases", "rounds"):
                 connection.execute(f"DELETE FROM {table} WHERE round <= ?", (through - self._settings.keep_rounds,))
-            empty = _unused(connection, self._folder)
+            empty = unused(connection, self._folder)
             connection.executemany("DELETE FROM segments WHERE number = ?", [(number,) for number in empty])
-        for number in empty:  # a kill before this leaves files that the index does not have: see _tidy
+        for number in empty:  # a kill before this leaves files that the index does not have: see tidy
             segment_path(self._folder, number).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Commit what waits, and let go of the files."""
+        """Commit what waits, and let go of the files; a second time is no error."""
         self._orders.close()
-        if self._segment is not None:
-            self._segment.close()
-            self._segment = None
+        for segment in [*self._finished, *([self._segment] if self._segment else [])]:
+            segment.close()
+        self._finished, self._segment = [], None
         for index in (self._index, self._reader):
             index.close()
 
@@ -184,21 +185,36 @@ class SQLiteJournal:
         except OSError as error:
             # What a failed write or flush has left is unknown, so nothing is ever added behind it.
             failed, self._segment = self._segment, None
+            self._finished.append(failed)
             with suppress(OSError):
-                failed.close()
+                failed.cut()
             raise _storage_error(failed.path, error) from error
 
+    def _commit(self, orders: Sequence[Prepared]) -> list[Answer]:
+        answers = commit(orders, self._index, self._clock)
+        # Batches come in order: once one counts that lies in a later segment, an earlier one has no more to come. Until
+        # then its lock keeps others from cutting off what is not in the index yet.
+        newest = max((order.place.segment for order in orders if isinstance(order, Placed)), default=0)
+        while self._finished and self._finished[0].number < newest:
+            self._finished.pop(0).close()
+        return answers
+
     def _begin_segment(self) -> None:
-        finished, self._segment = self._segment, None
-        if finished is not None:
-            finished.close()
-        with self._index.write() as connection:
-            number = connection.execute("INSERT INTO segments (extent) VALUES (0)").lastrowid
-            assert number is not None  # of the row just made
-            try:
-                self._segment = Segment(self._folder, number)
-            except OSError as error:
-                raise _storage_error(segment_path(self._folder, number), error) from error
+        if self._segment is not None:
+            self._finished.append(self._segment)
+            self._segment = None
+        begun: list[Segment] = []
+        try:
+            with self._index.write() as connection:
+                number = connection.execute("INSERT INTO segments (extent) VALUES (0)").lastrowid
+                assert number is not None  # of the row just made
+                begun.append(_new_segment(self._folder, number))
+        except StorageError:
+            # The index does not have it, and gives its number to the next one.
+            for segment in begun:
+                segment.close()
+            raise
+        (self._segment,) = begun
 
     def _page(self, round: int, task: Task, after: int) -> list[tuple[Any, ...]]:
         with self._reader.read() as connection:
@@ -210,52 +226,18 @@ class SQLiteJournal:
             ).fetchall()
 
 
-def _check_epoch(connection: sqlite3.Connection, epoch: int) -> None:
-    check_epoch(epoch, *connection.execute("SELECT epoch FROM federation").fetchone())
-
-
-def _rounds(connection: sqlite3.Connection) -> list[RoundRecord]:
-    return [round_record(row) for row in connection.execute(f"SELECT {ROUND} FROM rounds ORDER BY round, task")]
-
-
-def _find(connection: sqlite3.Connection, round: int, task: Task) -> RoundRecord | None:
-    row = connection.execute(f"SELECT {ROUND} FROM rounds WHERE round = ? AND task = ?", (round, task)).fetchone()
-    return None if row is None else round_record(row)
-
-
-def _record(connection: sqlite3.Connection, round: int, task: Task) -> RoundRecord:
-    record = _find(connection, round, task)
-    if record is None:
-        raise unknown_window(round, task)
-    return record
-
-
-def _unused(connection: sqlite3.Connection, folder: Path) -> list[int]:
-    """The segments in which nothing counts and which nobody writes."""
-    rows = connection.execute("SELECT number FROM segments WHERE number NOT IN (SELECT segment FROM uploads)")
-    return [number for (number,) in rows if not is_written(segment_path(folder, number))]
-
-
-def _tidy(folder: Path, index: Index) -> None:
-    """Cut off or remove what a kill has left behind; segments that a living process writes are left alone."""
-    with index.write() as connection:
-        extents = dict(connection.execute("SELECT number, extent FROM segments").fetchall())
-        for path in folder.glob("*.segment"):
-            if is_written(path):
-                continue
-            extent = extents.get(int(path.stem), 0)
-            if not extent:
-                path.unlink()
-                connection.execute("DELETE FROM segments WHERE number = ?", (int(path.stem),))
-            elif path.stat().st_size > extent:
-                os.truncate(path, extent)
-
-
 def _open(path: Path, whose: str) -> int:
     try:
         return os.open(path, os.O_RDONLY)
     except FileNotFoundError as error:
         raise DamagedRecord(f"{whose}: the file is gone. {ADVICE}") from error
+
+
+def _new_segment(folder: Path, number: int) -> Segment:
+    try:
+        return Segment(folder, number)
+    except OSError as error:
+        raise _storage_error(segment_path(folder, number), error) from error
 
 
 def _storage_error(path: Path, error: OSError) -> StorageError:

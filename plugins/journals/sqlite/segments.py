@@ -73,13 +73,13 @@ class Segment:
         self.end = end
         return places
 
+    def cut(self) -> None:
+        """Give back the space of what a failed append has left."""
+        os.ftruncate(self._file, self.end)
+
     def close(self) -> None:
-        """Let go of it; what did not become durable is cut off where that is possible."""
-        try:
-            if os.fstat(self._file).st_size > self.end:
-                os.ftruncate(self._file, self.end)
-        finally:
-            os.close(self._file)
+        """Let go of it: from now on anybody may cut off what the index does not have."""
+        os.close(self._file)
 
 
 def read_payload(file: int, place: Place, lease: bytes, digest: bytes, whose: str) -> bytes:
@@ -121,11 +121,13 @@ def records(path: Path, extent: int) -> Iterator[tuple[Place, bytes, bytes]]:
 
 def is_written(path: Path) -> bool:
     """Whether a living process holds the segment."""
-    with path.open("rb") as file:
-        try:
+    try:
+        with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
     return False
 
 
