@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,9 +45,11 @@ def maker(registry: Registry, offer: Offer) -> Callable[[], Any]:
         return lambda: registry.load("command", offer.name)
     if offer.kind == "recipe":
         return lambda: load_recipe(offer.name, registry=registry)
-    settings, folder = example_settings(offer)
+    # Made when it is first wanted: an example may be as large as a database server.
+    example = cache(lambda: example_settings(offer))
 
     def make() -> Any:
+        settings, folder = example()
         assert folder is None or Path(folder.name).is_dir()  # the folder lives as long as this function does
         return registry.make(offer.kind, Part(offer.name, settings))
 

@@ -14,7 +14,7 @@ HOW_MANY = {
     "command": 14,
     "dataset": 6,
     "exporter": 2,
-    "journal": 1,
+    "journal": 2,
     "model": 6,
     "recipe": 8,
     "runtime": 4,

@@ -59,9 +59,12 @@ class SQLite:
         with storage_errors(folder):
             (folder / "segments").mkdir(parents=True, exist_ok=True)
         index, reader = (Index(folder / "index.sqlite", self.busy_seconds) for _ in range(2))
-        index.prepare(federation)
-        with storage_errors(folder):
+        with ExitStack() as undo, storage_errors(folder):
+            for each in (index, reader):
+                undo.callback(each.close)
+            index.prepare(federation)
             tidy(folder / "segments", index)
+            undo.pop_all()
         return SQLiteJournal(folder, self, index, reader, clock or since_boot)
 
 

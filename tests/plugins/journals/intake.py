@@ -18,12 +18,12 @@ from pathlib import Path
 
 from fedtower.core.journal import Journal, Lease, Outcome, Upload
 
-WAVE = 24
+WAVE, AT_ONCE = 24, 500
 
 
 def payload_of(client: int) -> bytes:
-    """What this client sends: 100 bytes to 30 kB of its own."""
-    return hashlib.shake_128(b"%d" % client).digest(100 + 7_919 * client % 30_000)
+    """What this client sends: 100 bytes to 8 kB of its own."""
+    return hashlib.shake_128(b"%d" % client).digest(100 + 7_919 * client % 8_000)
 
 
 def say(*words: object) -> None:
@@ -52,13 +52,14 @@ def main() -> None:
 
 
 def send(journal: Journal, leases: list[tuple[int, bytes]]) -> None:
-    """Send all of these at once, every third one twice, and say how each was answered."""
-    futures: list[tuple[int, bytes, Future[Outcome]]] = []
-    for client, lease in leases:
-        for _ in range(2 if client % 3 == 0 else 1):
-            futures.append((client, lease, journal.accept(Upload.of(lease, payload_of(client)))))
-    for client, lease, future in futures:
-        say(client, lease.hex(), future.result())
+    """Send these, every third one twice, and say how each was answered; as many are on their way as an intake lets."""
+    for start in range(0, len(leases), AT_ONCE):
+        futures: list[tuple[int, bytes, Future[Outcome]]] = []
+        for client, lease in leases[start : start + AT_ONCE]:
+            for _ in range(2 if client % 3 == 0 else 1):
+                futures.append((client, lease, journal.accept(Upload.of(lease, payload_of(client)))))
+        for client, lease, future in futures:
+            say(client, lease.hex(), future.result())
 
 
 if __name__ == "__main__":

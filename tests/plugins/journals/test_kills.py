@@ -136,7 +136,7 @@ def agreed(folder: Path, journal: Journal) -> None:
 @pytest.fixture
 def federation(tmp_path: Path) -> Iterator[tuple[Federation, Journal]]:
     """A federation with small segments, and the table process's journal."""
-    settings = {"segment_bytes": 500_000}
+    settings = {"segment_bytes": 200_000}
     folder = tmp_path / "journal"
     journal = SQLite(**settings).open(folder, "to be killed")
     yield Federation(SQLite(), dict(settings), folder), journal

@@ -1,4 +1,7 @@
-"""The SQLite journal beyond its promises: damage, full disks, locks, and what is left on the disk."""
+"""The SQLite journal: damage, full disks, locks, and what is left on the disk.
+
+Its promises are among those of every installed part, in ``tests/conformance``.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,13 @@ import pytest
 
 from fedtower.core.errors import StorageError
 from fedtower.core.journal import Busy, DamagedRecord, Journal, JournalError, Outcome, Upload, since_boot
-from fedtower.core.testing.journal import JournalPromises, leased, payloads, sent
+from fedtower.core.testing.journal import leased, payloads, sent
 from fedtower.plugins.journals.sqlite.journal import SQLite
 from fedtower.plugins.journals.sqlite.segments import HEADER_BYTES
 
 Opened = Callable[..., Journal]
 ROOT = Path(__file__).resolve().parents[3]
 NO_DISK = 77  # of tests/recsys/forks.py
-
-
-class TestSQLite(JournalPromises):
-    make = SQLite
 
 
 @pytest.fixture
