@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fedtower.core.group_commit import GroupCommit, Limits
+from fedtower.core.intake import Answer, Grant, Renewal
 from fedtower.core.journal import (
     Accepted,
     Clock,
@@ -34,7 +35,7 @@ from fedtower.core.journal import (
     check_retirable,
     unknown_window,
 )
-from fedtower.plugins.journals.postgresql.batches import ROUND, Answer, Grant, Order, Renewal, commit
+from fedtower.plugins.journals.postgresql.batches import ROUND, Order, commit
 from fedtower.plugins.journals.postgresql.database import Cursor, Database, one
 
 

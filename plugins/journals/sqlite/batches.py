@@ -1,47 +1,19 @@
-"""What an intake asks of the journal: leases and uploads, many in one transaction."""
+"""Batches: payloads to a segment, and then all that an intake was asked for in one transaction of the index."""
 
 from __future__ import annotations
 
-import secrets
 import sqlite3
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-from fedtower.core.journal import (
-    Clock,
-    Instant,
-    Lease,
-    LeaseRecord,
-    Outcome,
-    RoundRecord,
-    State,
-    Task,
-    Upload,
-    WrongState,
-    judge,
-    lives,
-)
+from fedtower.core.intake import Answer, Batch, Grant, Renewal
+from fedtower.core.journal import Clock, Instant, LeaseRecord, Outcome, Upload, WrongState
 from fedtower.plugins.journals.sqlite.index import LEASE, Index, lease_record
 from fedtower.plugins.journals.sqlite.segments import Place
 from fedtower.plugins.journals.sqlite.windows import find_round
 
-
-@dataclass(frozen=True)
-class Grant:
-    """Asks for a lease."""
-
-    round: int
-    task: Task
-    client: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Renewal:
-    """Asks for a longer lease."""
-
-    lease: bytes
-    seconds: float
+# SQLite takes 32,766 values in one statement; more than a few hundred make it no faster.
+_VALUES = 500
 
 
 @dataclass(frozen=True)
@@ -55,25 +27,20 @@ class Placed:
 
 Order = Grant | Renewal | Upload
 Prepared = Grant | Renewal | Placed | Outcome
-Answer = Lease | Outcome | None
 
 
 def prepare(
     orders: Sequence[Order], index: Index, clock: Clock, append: Callable[[Sequence[Upload]], list[Place]]
 ) -> list[Prepared]:
     """Write the payloads that look acceptable, and answer the other uploads: none of these answers can change later."""
-    now = clock()
+    uploads = [order for order in orders if isinstance(order, Upload)]
     with index.read() as connection:
-        window = Window(connection, now)
-        outcomes = {at: window.judge(order.lease, order.digest) for at, order in _uploads(orders)}
-    fresh = [(at, order) for at, order in _uploads(orders) if outcomes[at] is Outcome.ACCEPTED]
-    places = dict(zip((at for at, _ in fresh), append([upload for _, upload in fresh]) if fresh else (), strict=True))
-    return [
-        order
-        if not isinstance(order, Upload)
-        else (Placed(order.lease, order.digest, places[at]) if at in places else outcomes[at])
-        for at, order in enumerate(orders)
-    ]
+        batch = read_batch(connection, uploads, clock())
+    outcomes = [batch.judge(upload) for upload in uploads]
+    fresh = [upload for upload, outcome in zip(uploads, outcomes, strict=True) if outcome is Outcome.ACCEPTED]
+    places = iter(append(fresh) if fresh else ())
+    judged = iter(outcomes)
+    return [_placed(order, next(judged), places) if isinstance(order, Upload) else order for order in orders]
 
 
 def commit(orders: Sequence[Prepared], index: Index, clock: Clock) -> list[Answer]:
@@ -81,120 +48,77 @@ def commit(orders: Sequence[Prepared], index: Index, clock: Clock) -> list[Answe
     if all(isinstance(order, Outcome) for order in orders):
         return [order for order in orders if isinstance(order, Outcome)]
     with index.write() as connection:
-        window = Window(connection, clock())
-        answers: list[Answer] = []
-        for order in orders:
-            if isinstance(order, Grant):
-                answers.append(window.grant(order))
-            elif isinstance(order, Renewal):
-                answers.append(window.renew(order))
-            elif isinstance(order, Placed):
-                answers.append(window.accept(order))
-            else:
-                answers.append(order)
-        window.flush()
+        batch = read_batch(connection, orders, clock())
+        answers = [_answer(batch, order) for order in orders]
+        write_batch(connection, batch)
+        _extend(connection, [order.place for order in orders if isinstance(order, Placed)])
     return answers
 
 
-class Window:
-    """The windows and leases that a batch is about, read once, and what the batch adds to them."""
-
-    def __init__(self, connection: sqlite3.Connection, now: Instant) -> None:
-        self._connection = connection
-        self._now = now
-        self._rounds: dict[tuple[int, Task], RoundRecord | None] = {}
-        self._counted: dict[tuple[int, Task], int] = {}
-        self._extents: dict[int, int] = {}
-        self._uploads: list[tuple[object, ...]] = []
-
-    def judge(self, lease: bytes, digest: bytes) -> Outcome:
-        """What becomes of an upload."""
-        held = self._held(lease)
-        return judge(digest, held, self._state_of(held), self._now)
-
-    def grant(self, order: Grant) -> Lease | None:
-        """The lease that the client has, or a new one."""
-        record = self._round(order.round, order.task)
-        if record is None or record.state != "open":
-            return None
-        row = self._connection.execute(
-            f"SELECT {LEASE} FROM leases WHERE round = ? AND task = ? AND client = ? AND NOT replaced",
-            (order.round, order.task, order.client),
-        ).fetchone()
-        if row is not None:
-            held = lease_record(row)
-            if held.digest is not None:
-                return None
-            if lives(held, record.state, self._now):
-                return held.lease
-            self._connection.execute("UPDATE leases SET replaced = 1 WHERE id = ?", (held.lease.id,))
-        lease = Lease(secrets.token_bytes(16), order.round, order.task, order.client, later(self._now, order.seconds))
-        self._connection.execute(
-            f"INSERT INTO leases ({LEASE}) VALUES (?, ?, ?, ?, ?, ?, NULL, 0)",
-            (lease.id, lease.round, lease.task, lease.client, lease.expires.boot, lease.expires.seconds),
+def read_batch(connection: sqlite3.Connection, orders: Sequence[Prepared | Upload], now: Instant) -> Batch[Placed]:
+    """The windows and leases that the orders are about."""
+    named = [order.lease for order in orders if isinstance(order, Renewal | Placed | Upload)]
+    leases: list[LeaseRecord] = []
+    for start in range(0, len(named), _VALUES):
+        several = named[start : start + _VALUES]
+        marks = ",".join("?" * len(several))
+        leases += map(lease_record, connection.execute(f"SELECT {LEASE} FROM leases WHERE id IN ({marks})", several))
+    grants = [order for order in orders if isinstance(order, Grant)]
+    for order in grants:
+        leases += map(
+            lease_record,
+            connection.execute(
+                f"SELECT {LEASE} FROM leases WHERE round = ? AND task = ? AND client = ? AND NOT replaced",
+                (order.round, order.task, order.client),
+            ),
         )
-        return lease
-
-    def renew(self, order: Renewal) -> Lease | None:
-        """The lease with another end."""
-        held = self._held(order.lease)
-        if held is None or not lives(held, self._state_of(held), self._now):
-            return None
-        renewed = replace(held.lease, expires=later(self._now, order.seconds))
-        self._connection.execute("UPDATE leases SET expires = ? WHERE id = ?", (renewed.expires.seconds, renewed.id))
-        return renewed
-
-    def accept(self, upload: Placed) -> Outcome:
-        """Count an upload whose payload is there, if it still may."""
-        held = self._held(upload.lease)
-        outcome = judge(upload.digest, held, self._state_of(held), self._now)
-        self._extents[upload.place.segment] = max(self._extents.get(upload.place.segment, 0), upload.place.end)
-        if outcome is Outcome.ACCEPTED:
-            assert held is not None  # without a lease the outcome is another
-            key = (held.lease.round, held.lease.task)
-            if key not in self._counted:
-                record = self._round(*key)
-                assert record is not None  # a lease was given in it
-                self._counted[key] = record.accepted
-            self._counted[key] += 1
-            place = upload.place
-            self._uploads.append((*key, self._counted[key], upload.lease, place.segment, place.offset, place.length))
-            self._connection.execute("UPDATE leases SET digest = ? WHERE id = ?", (upload.digest, upload.lease))
-        return outcome
-
-    def flush(self) -> None:
-        """Write what was gathered."""
-        self._connection.executemany("INSERT INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?)", self._uploads)
-        self._connection.executemany(
-            "UPDATE rounds SET accepted = ? WHERE round = ? AND task = ?",
-            [(count, *key) for key, count in self._counted.items()],
-        )
-        for segment, extent in self._extents.items():
-            done = self._connection.execute(
-                "UPDATE segments SET extent = max(extent, ?) WHERE number = ?", (extent, segment)
-            )
-            if done.rowcount != 1:
-                raise WrongState(f"the segment {segment} is not in the index any more; was the folder tidied by hand?")
-
-    def _round(self, round: int, task: Task) -> RoundRecord | None:
-        key = (round, task)
-        if key not in self._rounds:
-            self._rounds[key] = find_round(self._connection, round, task)
-        return self._rounds[key]
-
-    def _state_of(self, held: LeaseRecord | None) -> State:
-        record = None if held is None else self._round(held.lease.round, held.lease.task)
-        return "abandoned" if record is None else record.state
-
-    def _held(self, lease: bytes) -> LeaseRecord | None:
-        row = self._connection.execute(f"SELECT {LEASE} FROM leases WHERE id = ?", (lease,)).fetchone()
-        return None if row is None else lease_record(row)
+    windows = {(held.lease.round, held.lease.task) for held in leases} | {(each.round, each.task) for each in grants}
+    found = {window: find_round(connection, *window) for window in windows}
+    return Batch(now, {window: record for window, record in found.items() if record is not None}, leases)
 
 
-def later(now: Instant, seconds: float) -> Instant:
-    """That many seconds from now on."""
-    return Instant(now.boot, now.seconds + seconds)
+def write_batch(connection: sqlite3.Connection, batch: Batch[Placed]) -> None:
+    """What came of the orders."""
+    write = connection.executemany
+    write("UPDATE leases SET replaced = 1 WHERE id = ?", [(id,) for id in batch.replaced])
+    write(
+        f"INSERT INTO leases ({LEASE}) VALUES (?, ?, ?, ?, ?, ?, NULL, 0)",
+        [
+            (each.id, each.round, each.task, each.client, each.expires.boot, each.expires.seconds)
+            for each in batch.granted
+        ],
+    )
+    write("UPDATE leases SET expires = ? WHERE id = ?", [(each.expires.seconds, each.id) for each in batch.renewed])
+    write("UPDATE leases SET digest = ? WHERE id = ?", [(sent.digest, lease.id) for lease, _, sent in batch.accepted])
+    write(
+        "INSERT INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?)",
+        [
+            (lease.round, lease.task, position, lease.id, sent.place.segment, sent.place.offset, sent.place.length)
+            for lease, position, sent in batch.accepted
+        ],
+    )
+    counts = [(count, *window) for count, window in batch.counts]
+    write("UPDATE rounds SET accepted = ? WHERE round = ? AND task = ?", counts)
 
 
-def _uploads(orders: Sequence[Order]) -> list[tuple[int, Upload]]:
-    return [(at, order) for at, order in enumerate(orders) if isinstance(order, Upload)]
+def _extend(connection: sqlite3.Connection, places: Sequence[Place]) -> None:
+    """Let the segments count as far as they were written."""
+    ends = {
+        place.segment: place.end for place in places
+    }  # of each segment the last one, as they were appended in order
+    for segment, end in ends.items():
+        done = connection.execute("UPDATE segments SET extent = max(extent, ?) WHERE number = ?", (end, segment))
+        if done.rowcount != 1:
+            raise WrongState(f"the segment {segment} is not in the index any more; was the folder tidied by hand?")
+
+
+def _placed(upload: Upload, outcome: Outcome, places: Iterator[Place]) -> Prepared:
+    return Placed(upload.lease, upload.digest, next(places)) if outcome is Outcome.ACCEPTED else outcome
+
+
+def _answer(batch: Batch[Placed], order: Prepared) -> Answer:
+    if isinstance(order, Grant):
+        return batch.grant(order)
+    if isinstance(order, Renewal):
+        return batch.renew(order)
+    return batch.accept(order) if isinstance(order, Placed) else order

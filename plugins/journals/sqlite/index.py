@@ -19,6 +19,7 @@ from fedtower.core.journal import Busy, DamagedRecord, Instant, JournalError, Le
 FORMAT = 1
 APPLICATION = 0x66746A31
 
+# Leases lie in the order in which they were given, so those of one cohort share pages, and a batch writes few.
 SCHEMA = """
 CREATE TABLE federation (one INTEGER PRIMARY KEY CHECK (one = 1), id TEXT NOT NULL, epoch INTEGER NOT NULL) STRICT;
 CREATE TABLE rounds (
@@ -26,9 +27,9 @@ CREATE TABLE rounds (
     accepted INTEGER NOT NULL, retired INTEGER NOT NULL, PRIMARY KEY (round, task)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE leases (
-    id BLOB PRIMARY KEY, round INTEGER NOT NULL, task TEXT NOT NULL, client INTEGER NOT NULL, boot TEXT NOT NULL,
-    expires REAL NOT NULL, digest BLOB, replaced INTEGER NOT NULL
-) STRICT, WITHOUT ROWID;
+    number INTEGER PRIMARY KEY, id BLOB NOT NULL UNIQUE, round INTEGER NOT NULL, task TEXT NOT NULL,
+    client INTEGER NOT NULL, boot TEXT NOT NULL, expires REAL NOT NULL, digest BLOB, replaced INTEGER NOT NULL
+) STRICT;
 CREATE UNIQUE INDEX current_leases ON leases (round, task, client) WHERE NOT replaced;
 CREATE TABLE uploads (
     round INTEGER, task TEXT, position INTEGER, lease BLOB NOT NULL, segment INTEGER NOT NULL,

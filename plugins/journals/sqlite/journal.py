@@ -18,6 +18,7 @@ from typing import Any, cast
 from fedtower.core.checkpoint import storage_errors
 from fedtower.core.errors import DISK_ERRORS, StorageError
 from fedtower.core.group_commit import GroupCommit, Limits
+from fedtower.core.intake import Answer, Grant, Renewal
 from fedtower.core.journal import (
     Accepted,
     Clock,
@@ -34,7 +35,7 @@ from fedtower.core.journal import (
     check_retirable,
     since_boot,
 )
-from fedtower.plugins.journals.sqlite.batches import Answer, Grant, Order, Placed, Prepared, Renewal, commit, prepare
+from fedtower.plugins.journals.sqlite.batches import Order, Placed, Prepared, commit, prepare
 from fedtower.plugins.journals.sqlite.index import Index
 from fedtower.plugins.journals.sqlite.retention import tidy, unused
 from fedtower.plugins.journals.sqlite.segments import ADVICE, Place, Segment, read_payload, segment_path

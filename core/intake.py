@@ -1,0 +1,135 @@
+"""Intake: what clients ask of a journal, many at once, decided between one reading and one writing.
+
+A journal reads the windows and leases that a batch is about, lets :class:`Batch` answer, and writes what came of it,
+all in one transaction. So the rules stand here once, and a journal is only storage.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Generic, Protocol, TypeVar
+
+from fedtower.core.journal import Instant, Lease, LeaseRecord, Outcome, RoundRecord, State, Task, judge, lives
+
+Window = tuple[int, Task]
+
+
+class Sent(Protocol):
+    """An upload, wherever its payload is by now."""
+
+    @property
+    def lease(self) -> bytes: ...
+    @property
+    def digest(self) -> bytes: ...
+
+
+S = TypeVar("S", bound=Sent)
+
+
+@dataclass(frozen=True)
+class Grant:
+    """Asks for a lease."""
+
+    round: int
+    task: Task
+    client: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """Asks for a longer lease."""
+
+    lease: bytes
+    seconds: float
+
+
+Answer = Lease | Outcome | None
+
+
+class Batch(Generic[S]):
+    """Answers orders, one after the other, and remembers what is to be written: leases that are ``replaced``, and then
+    those ``granted`` and ``renewed``, and the uploads ``accepted``, each with its lease and position.
+
+    ``rounds`` are the windows of all orders, as far as there are such, and ``leases`` all that the orders name, and the
+    newest one of each client who asks.
+    """
+
+    def __init__(self, now: Instant, rounds: Mapping[Window, RoundRecord], leases: Iterable[LeaseRecord]) -> None:
+        self._now = now
+        self._rounds = dict(rounds)
+        self._leases: dict[bytes, LeaseRecord] = {}
+        self._newest: dict[tuple[int, Task, int], bytes] = {}
+        for held in leases:
+            self._keep(held)
+        self.replaced: list[bytes] = []
+        self.granted: list[Lease] = []
+        self.renewed: list[Lease] = []
+        self.accepted: list[tuple[Lease, int, S]] = []
+
+    @property
+    def counts(self) -> list[tuple[int, Window]]:
+        """How many uploads the windows have now in which some were accepted."""
+        windows = sorted({(lease.round, lease.task) for lease, _, _ in self.accepted})
+        return [(self._rounds[window].accepted, window) for window in windows]
+
+    def judge(self, upload: Sent) -> Outcome:
+        """What would become of an upload."""
+        held = self._leases.get(upload.lease)
+        return judge(upload.digest, held, self._state_of(held), self._now)
+
+    def accept(self, upload: S) -> Outcome:
+        """Count the upload, if it may."""
+        outcome = self.judge(upload)
+        if outcome is Outcome.ACCEPTED:
+            held = self._leases[upload.lease]
+            window = (held.lease.round, held.lease.task)
+            record = self._rounds[window]
+            self._rounds[window] = replace(record, accepted=record.accepted + 1)
+            self.accepted.append((held.lease, record.accepted + 1, upload))
+            self._keep(replace(held, digest=upload.digest))
+        return outcome
+
+    def grant(self, order: Grant) -> Lease | None:
+        """The lease that the client has, or a new one."""
+        record = self._rounds.get((order.round, order.task))
+        if record is None or record.state != "open":
+            return None
+        held = self._leases.get(self._newest.get((order.round, order.task, order.client), b""))
+        if held is not None and held.digest is not None:
+            return None
+        if held is not None and lives(held, record.state, self._now):
+            return held.lease
+        if held is not None:
+            self.replaced.append(held.lease.id)
+            self._keep(replace(held, replaced=True))
+        expires = self._later(order.seconds)
+        lease = Lease(secrets.token_bytes(16), order.round, order.task, order.client, expires)
+        self.granted.append(lease)
+        self._keep(LeaseRecord(lease))
+        return lease
+
+    def renew(self, order: Renewal) -> Lease | None:
+        """The lease with another end."""
+        held = self._leases.get(order.lease)
+        if held is None or not lives(held, self._state_of(held), self._now):
+            return None
+        lease = replace(held.lease, expires=self._later(order.seconds))
+        self.renewed.append(lease)
+        self._keep(replace(held, lease=lease))
+        return lease
+
+    def _keep(self, held: LeaseRecord) -> None:
+        lease = held.lease
+        self._leases[lease.id] = held
+        if not held.replaced:
+            self._newest[lease.round, lease.task, lease.client] = lease.id
+
+    def _state_of(self, held: LeaseRecord | None) -> State:
+        record = None if held is None else self._rounds.get((held.lease.round, held.lease.task))
+        return "abandoned" if record is None else record.state
+
+    def _later(self, seconds: float) -> Instant:
+        return Instant(self._now.boot, self._now.seconds + seconds)
