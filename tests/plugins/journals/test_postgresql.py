@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -172,19 +173,22 @@ def test_federations_in_one_database_do_not_see_each_other(server: Server, journ
     other.close()
 
 
-def test_a_table_process_that_was_fenced_cannot_close_a_round_in_between(
-    server: Server, journal: Journal, name: str
-) -> None:
-    # The older one's transaction has begun, and has seen its own epoch as the newest.
-    with schema(server, name) as older, older.transaction():
-        assert older.execute("SELECT epoch FROM federation FOR SHARE").fetchone() == (1,)
-        hurried = PostgreSQL(server.dsn, busy_seconds=0.2).open(Path(), name)
-        with pytest.raises(Busy):
-            hurried.claim()
+def test_nobody_claims_an_epoch_while_an_older_one_is_writing(server: Server, journal: Journal, name: str) -> None:
+    with schema(server, name) as somebody, ThreadPoolExecutor() as threads:
+        with somebody.transaction():
+            somebody.execute("SELECT * FROM rounds FOR UPDATE")
+            # It has seen that its epoch is the newest, and waits for the round.
+            older = threads.submit(journal.advance, 1, 1, "train", "closed")
+            while somebody.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone() != (1,):
+                assert not older.done()
+            hurried = PostgreSQL(server.dsn, busy_seconds=0.3).open(Path(), name)
+            with pytest.raises(Busy):
+                hurried.claim()
+        assert older.result().state == "closed"
+        assert hurried.claim() == 2
         hurried.close()
-    assert journal.claim() == 2
     with pytest.raises(Fenced):
-        journal.advance(1, 1, "train", "closed")
+        journal.advance(1, 1, "train", "committed")
 
 
 def intake(server: Server, name: str, leases: list[tuple[int, str]], clients: list[int]) -> subprocess.Popen[str]:

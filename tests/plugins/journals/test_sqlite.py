@@ -10,6 +10,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 from fedtower.core.errors import StorageError
 from fedtower.core.journal import Busy, DamagedRecord, Journal, JournalError, Outcome, Upload, since_boot
 from fedtower.core.testing.journal import leased, payloads, sent
+from fedtower.plugins.journals.sqlite.batches import commit
 from fedtower.plugins.journals.sqlite.journal import SQLite
 from fedtower.plugins.journals.sqlite.segments import HEADER_BYTES
 
@@ -123,6 +125,29 @@ def test_a_torn_tail_is_cut_off_once_its_writer_is_gone(tmp_path: Path, opened: 
     writer.close()
     assert payloads(opened()) == [b"whole"]
     assert segment.read_bytes() == whole
+
+
+def test_what_is_on_its_way_to_the_index_is_not_cut_off(
+    tmp_path: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = opened(segment_bytes=1, delay_seconds=0.0)  # a segment for each batch
+    leases = [leased(journal, client) for client in range(3)]
+    three_prepared = threading.Event()
+
+    def commit_after_somebody_opened_it(*arguments: Any) -> Any:
+        assert three_prepared.wait(60)
+        SQLite().open(tmp_path, "a federation").close()
+        return commit(*arguments)
+
+    monkeypatch.setattr("fedtower.plugins.journals.sqlite.journal.commit", commit_after_somebody_opened_it)
+    waiting = []
+    for lease in leases:
+        waiting.append(journal.accept(Upload.of(lease.id, b"of %d" % lease.client)))
+        while len(segments(tmp_path)) < len(waiting):
+            assert not waiting[0].done()
+    three_prepared.set()
+    assert [future.result() for future in waiting] == [Outcome.ACCEPTED] * 3
+    assert payloads(journal) == [b"of 0", b"of 1", b"of 2"]
 
 
 def test_files_that_the_index_does_not_have_are_removed(tmp_path: Path, opened: Opened) -> None:
