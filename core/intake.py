@@ -59,8 +59,9 @@ class Batch(Generic[S]):
 
     def __init__(self, now: Instant, rounds: Mapping[Window, RoundRecord], leases: Iterable[LeaseRecord]) -> None:
         self._now = now
-        self._rounds = dict(rounds)
+        self._rounds = rounds
         self._leases: dict[bytes, LeaseRecord] = {}
+        self._counts: dict[Window, int] = {}
         self._newest: dict[tuple[int, Task, int], bytes] = {}
         for held in leases:
             self._keep(held)
@@ -72,8 +73,7 @@ class Batch(Generic[S]):
     @property
     def counts(self) -> list[tuple[int, Window]]:
         """How many uploads the windows have now in which some were accepted."""
-        windows = sorted({(lease.round, lease.task) for lease, _, _ in self.accepted})
-        return [(self._rounds[window].accepted, window) for window in windows]
+        return [(count, window) for window, count in sorted(self._counts.items())]
 
     def judge(self, upload: Sent) -> Outcome:
         """What would become of an upload."""
@@ -86,10 +86,10 @@ class Batch(Generic[S]):
         if outcome is Outcome.ACCEPTED:
             held = self._leases[upload.lease]
             window = (held.lease.round, held.lease.task)
-            record = self._rounds[window]
-            self._rounds[window] = replace(record, accepted=record.accepted + 1)
-            self.accepted.append((held.lease, record.accepted + 1, upload))
-            self._keep(replace(held, digest=upload.digest))
+            position = self._counts.get(window, self._rounds[window].accepted) + 1
+            self._counts[window] = position
+            self.accepted.append((held.lease, position, upload))
+            self._leases[upload.lease] = LeaseRecord(held.lease, upload.digest)
         return outcome
 
     def grant(self, order: Grant) -> Lease | None:
