@@ -65,17 +65,25 @@ def example_settings(offer: Offer) -> tuple[Mapping[str, Any], TemporaryDirector
     example = offer.capabilities.get("example", {})
     if isinstance(example, Mapping):
         return example, None
-    module, _, function = str(example).partition(":")
     folder = TemporaryDirectory(prefix="fedtower-example-")
     try:
-        settings = getattr(import_module(module), function)(Path(folder.name))
+        return _call_example(offer, str(example), Path(folder.name)), folder
+    except BaseException:
+        folder.cleanup()
+        raise
+
+
+def _call_example(offer: Offer, example: str, folder: Path) -> Mapping[str, Any]:
+    module, _, function = example.partition(":")
+    try:
+        settings: Mapping[str, Any] = getattr(import_module(module), function)(folder)
     except ModuleNotFoundError as error:
         raise MissingDependency(f"the example of {offer.kind} {offer.name!r} needs {error.name}") from error
     except (AttributeError, ValueError) as error:
         raise PluginError(
             f"the example of {offer.kind} {offer.name!r}, {example!r}, cannot be made: {error}"
         ) from error
-    return settings, folder
+    return settings
 
 
 def _subclass(base: type[Promises], name: str, make: Callable[[], Any]) -> type[Promises]:

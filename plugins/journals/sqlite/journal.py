@@ -38,7 +38,7 @@ from fedtower.core.journal import (
 from fedtower.plugins.journals.sqlite.batches import Order, Placed, Prepared, commit, prepare
 from fedtower.plugins.journals.sqlite.index import Index
 from fedtower.plugins.journals.sqlite.retention import tidy, unused
-from fedtower.plugins.journals.sqlite.segments import ADVICE, Place, Segment, read_payload, segment_path
+from fedtower.plugins.journals.sqlite.segments import ADVICE, Place, Segment, read_payload, segment_path, sync_folder
 from fedtower.plugins.journals.sqlite.windows import check_epoch_in, find_round, get_round, rounds_in
 
 _PAGE = 64
@@ -65,6 +65,7 @@ class SQLite:
                 undo.callback(each.close)
             index.prepare(federation)
             tidy(folder / "segments", index)
+            sync_folder(folder.parent)  # SQLite does so for what is in the folder
             undo.pop_all()
         return SQLiteJournal(folder, self, index, reader, clock or since_boot)
 

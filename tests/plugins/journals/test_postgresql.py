@@ -21,7 +21,8 @@ from fedtower.core.journal import Busy, DamagedRecord, Fenced, Journal, JournalE
 from fedtower.core.testing.journal import leased, payloads, sent
 from tests.plugins.journals.intake import payload_of
 
-pytest.importorskip("psycopg", reason="the extra postgresql is not installed")
+if not os.environ.get("CI"):  # there, what is missing is an error
+    pytest.importorskip("psycopg", reason="the extra postgresql is not installed")
 
 import psycopg
 
