@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from fedtower.core.client import ClientData
-from fedtower.core.discovery import HOST, LOCAL_FILE
+from fedtower.core.discovery import LOCAL_FILE
 from fedtower.core.errors import FedtowerError, MissingDependency
-from fedtower.core.offers import how_to_install, reason
+from fedtower.core.offers import HOST, how_to_install, reason
 from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.runtime import RuntimeFactory
 from fedtower.plugins.runtimes.vectorized.crew import Bench, Message, Worker, WorkerDied, WorkerFailed, unsendable
