@@ -148,7 +148,8 @@ def _refused(error: click.ClickException) -> int:
 def _failed(error: Exception, arguments: Sequence[str]) -> int:
     known = as_known(error)
     if known is not None:
-        say(f"error: {known}")
+        if not known.is_told:
+            say(f"error: {known}")
         return known.exit_code
     where = traceback.extract_tb(error.__traceback__)[-1]
     again = shlex.join(["fedtower", "--debug", *(word for word in arguments if word != "--debug")])

@@ -13,6 +13,8 @@ class FedtowerError(Exception):
     """
 
     exit_code = 1
+    is_told = False
+    """Whether somebody has said it already: then the command line only ends with its code."""
 
 
 class RecipeError(FedtowerError):

@@ -113,6 +113,10 @@ class RowSettings:
     lr: float = field(default=0.1, metadata={"help": "the tables' learning rate"})
     eps: float = field(default=1e-8, metadata={"help": "rowwise Adagrad's epsilon"})
     tower_lr: float = field(default=0.005, metadata={"help": "learning rate (Adam) of the cloud's towers"})
+    sharding: Literal["row_wise", "table_wise"] = field(
+        default="row_wise",
+        metadata={"help": "what each process of a torchrun holds: some rows of every table, or some tables whole"},
+    )
 
     def __post_init__(self) -> None:
         if not self.public.share and (self.train == "public" or self.public.warmup):

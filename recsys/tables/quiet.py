@@ -1,0 +1,21 @@
+"""Importing TorchRec without hearing from it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Nothing that torchrec and fbgemm do at import is left: they raise deprecation warnings of their own, log through
+    the root logger, and install a handler there.
+    """
+    handlers = list(logging.root.handlers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+        yield
+    logging.root.handlers[:] = handlers
