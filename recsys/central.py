@@ -27,9 +27,16 @@ def common_rows(work: Work) -> tuple[IntArray, dict[str, IntArray]]:
 
 
 def mean_loss(
-    tower: SharedTower, loss: str, shared: Tensors, own: Tensors, slots: Mapping[str, Tensor], inputs: Tensors
+    tower: SharedTower,
+    loss: str,
+    shared: Tensors,
+    own: Tensors,
+    slots: Mapping[str, Tensor],
+    inputs: Tensors,
+    total: float | None = None,
 ) -> Tensor:
-    """The mean loss over all examples of a batch, by weight, ``()``.
+    """The mean loss over all examples of a batch, by weight, ``()``; of a share of a batch of weight ``total``, its
+    part of that mean.
 
     Shape:
         ``shared[name]`` (*shape), everybody's; ``own[name]`` (C, *shape), each client's; ``slots[name]`` (C, *slots, W)
@@ -43,5 +50,5 @@ def mean_loss(
         return losses(parameters, slots, inputs, loss)
 
     each = vmap(of_client, in_dims=(axes, 0, 0))({**shared, **own}, slots, inputs)
-    total: Tensor = (each * inputs["weight"]).sum() / inputs["weight"].sum()
-    return total
+    mean: Tensor = (each * inputs["weight"]).sum() / (inputs["weight"].sum() if total is None else total)
+    return mean

@@ -15,6 +15,7 @@ from fedtower.core.recipe import load_recipe
 from fedtower.core.registry import Registry
 from fedtower.recsys.bundle import Bundle, Precision
 from fedtower.recsys.display import Display
+from fedtower.recsys.launch import rank_and_count
 from fedtower.recsys.report import write_report
 from fedtower.recsys.runlog import RunLog, RunRecord, open_run
 from fedtower.recsys.units import figure, in_bytes, in_times
@@ -54,13 +55,16 @@ def run(registry: Registry, recipe: str, overrides: tuple[str, ...], runs: Path,
       fedtower run dssm-ml-100k -o mode=standalone
       fedtower run my.toml -o cohort.size=50 -o aggregator.name=my_median
     """
-    load_recipe(recipe, overrides, registry)  # a mistake is told before torch takes its seconds to load
+    rank, count = rank_and_count()
+    if count == 1:
+        load_recipe(recipe, overrides, registry)  # a mistake is told before torch takes its seconds to load
     from fedtower.recsys import run as api
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=rank > 0)
     with Display(console, verbose=verbose) as display:
         done = api.run(recipe, overrides, runs=runs, registry=registry, observers=[display], progress=display.say)
-    _finish(console, done.folder)
+    if rank == 0:
+        _finish(console, done.folder)
 
 
 @click.command()
@@ -77,13 +81,16 @@ def resume(registry: Registry, folder: Path, start: int | None, verbose: bool) -
     Example:
       fedtower resume runs/dssm-synthetic-1
     """
-    open_run(folder)
+    rank, count = rank_and_count()
+    if count == 1:
+        open_run(folder)
     from fedtower.recsys import run as api
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=rank > 0)
     with Display(console, verbose=verbose) as display:
         done = api.resume(folder, start=start, registry=registry, observers=[display], progress=display.say)
-    _finish(console, done.folder)
+    if rank == 0:
+        _finish(console, done.folder)
 
 
 @click.command()

@@ -7,7 +7,6 @@ the others do their part of what it orders, and end as it ends.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,8 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
+from torch.distributed.rendezvous import rendezvous
 
 from fedtower.core.errors import FedtowerError
+from fedtower.recsys.launch import rank_and_count
 
 T = TypeVar("T")
 IntArray = NDArray[np.int64]
@@ -78,7 +79,7 @@ class Processes:
             return
         flat = torch.cat([value.detach().reshape(-1) for value in tensors])
         distributed.all_reduce(flat)
-        for value, total in zip(tensors, flat.split([value.numel() for value in tensors]), strict=True):
+        for value, total in zip(tensors, torch.split(flat, [value.numel() for value in tensors]), strict=True):
             value.detach().copy_(total.view_as(value))
 
     def most(self, number: int) -> int:
@@ -91,7 +92,7 @@ class Processes:
 
     def scatter(self, values: Tensor | None, like: Tensor) -> Tensor:
         """This process's part of what the leading one cuts into equal ones; ``like`` is the shape of a part."""
-        parts = None if values is None else list(values.split(len(like)))
+        parts = None if values is None else list(torch.split(values, len(like)))
         distributed.scatter(like, parts, src=0)
         return like
 
@@ -116,6 +117,9 @@ class Processes:
         return np.where(real, positions, 0), real
 
 
+ALONE = Processes()
+
+
 @contextmanager
 def together() -> Iterator[Processes]:
     """The processes that ``torchrun`` started, joined over gloo; without it, this process alone.
@@ -126,10 +130,10 @@ def together() -> Iterator[Processes]:
     if distributed.is_initialized():
         yield Processes(distributed.get_rank(), distributed.get_world_size())
         return
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Processes()
+    if rank_and_count()[1] == 1:
+        yield ALONE
         return
-    store, rank, count = next(distributed.rendezvous("env://"))
+    store, rank, count = next(rendezvous("env://"))
     notice = _Notice(store, rank, count)
     try:
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=_PATIENCE)

@@ -20,13 +20,15 @@ from fedtower.core.recipe import Part, Recipe, check, load_recipe
 from fedtower.core.registry import Registry, discover
 from fedtower.recsys.evaluation import Evaluation
 from fedtower.recsys.losses import RANKING, loss_of
+from fedtower.recsys.processes import ALONE, Processes, together
 from fedtower.recsys.run_folder import RunFolder
 from fedtower.recsys.runlog import RunLog
 from fedtower.recsys.standalone import Standalone
 from fedtower.recsys.tasks import Histories, Ranking, make_task
-from fedtower.recsys.training import Federated, Setting, Training
+from fedtower.recsys.training import Arrays, Attached, Federated, Helper, Setting, Training
 
 RUNS = Path("runs")
+State = tuple[Arrays, Attached]
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ def run(
 ) -> Run:
     """Train a recipe, by name or from a file, and give back the finished run.
 
+    Under ``torchrun`` every process calls it: the first has the folder, the observers and the progress, and the others
+    hold their part of the tables.
+
     Args:
         name_or_path: A shipped recipe's name, or a TOML file.
         overrides: Dotted keys, ``{"rounds": 20}`` or ``["rounds=20"]``.
@@ -91,16 +96,19 @@ def run(
     Raises:
         FedtowerError: see its subclasses; the message says what to do.
     """
-    registry = registry or discover(folder=Path.cwd())
-    recipe = load_recipe(name_or_path, _as_overrides(overrides), registry)
-    if recipe.mode == "simulated" and recipe.local.loss == "in_batch_softmax":
-        loss_of(RANKING, recipe.local.loss)  # refuses it, before there is a folder
-    hooks = _hooks(recipe, registry, observers)
-    folder = RunFolder.create(recipe, registry, Path(runs))
-    with folder.locked():
-        hooks.observe("run_started", recipe=recipe, folder=folder.path)
-        _train(recipe, registry, hooks, folder, progress, start=None)
-    return Run(folder.path)
+    with together() as processes:
+        registry = registry or discover(folder=Path.cwd())
+        recipe = load_recipe(name_or_path, _as_overrides(overrides), registry)
+        if recipe.mode == "simulated" and recipe.local.loss == "in_batch_softmax":
+            loss_of(RANKING, recipe.local.loss)  # refuses it, before there is a folder
+        if not processes.leads:
+            return _follow(recipe, registry, processes)
+        hooks = _hooks(recipe, registry, observers)
+        folder = RunFolder.create(recipe, registry, Path(runs))
+        with folder.locked():
+            hooks.observe("run_started", recipe=recipe, folder=folder.path)
+            _train(recipe, registry, hooks, folder, progress, start=None, processes=processes)
+        return Run(folder.path)
 
 
 def resume(
@@ -112,25 +120,38 @@ def resume(
     progress: Callable[[str], None] = lambda message: None,
 ) -> Run:
     """Continue a run from its newest checkpoint (or the one of round ``start``): the same bits as if it had never
-    stopped.
+    stopped, or, on another number of processes, the same within rounding.
     """
-    place = RunFolder.open(Path(folder))
-    registry = registry or discover()
-    registry.use_folder(place.path)
-    recipe = place.recipe()
-    check(recipe, registry)
-    hooks = _hooks(recipe, registry, observers)
-    with place.locked():
-        hooks.observe("run_started", recipe=recipe, folder=place.path)
-        start = place.latest_round() if start is None else start
-        _train(recipe, registry, hooks, place, progress, start=start)
-    return Run(place.path)
+    with together() as processes:
+        place = RunFolder.open(Path(folder))
+        registry = registry or discover()
+        registry.use_folder(place.path)
+        recipe = place.recipe()
+        check(recipe, registry)
+        if not processes.leads:
+            return _follow(recipe, registry, processes)
+        hooks = _hooks(recipe, registry, observers)
+        with place.locked():
+            hooks.observe("run_started", recipe=recipe, folder=place.path)
+            start = place.latest_round() if start is None else start
+            _train(recipe, registry, hooks, place, progress, start=start, processes=processes)
+        return Run(place.path)
 
 
 def load(
     folder: str | Path, *, registry: Registry | None = None, progress: Callable[[str], None] = lambda message: None
 ) -> Trained:
-    """The model of a run's newest checkpoint, with the data it was trained on."""
+    """The model of a run's newest checkpoint, with the data it was trained on.
+
+    Raises:
+        RecipeError: under torchrun, which is for training.
+    """
+    with together() as processes:
+        if not processes.is_alone:
+            raise RecipeError(
+                f"{processes.count} processes were started to use a trained model, which is for one: leave torchrun "
+                f"out. Tables that do not fit into one process are evaluated where they are trained, at the run's end"
+            )
     place = RunFolder.open(Path(folder))
     registry = registry or discover()
     registry.use_folder(place.path)
@@ -138,7 +159,7 @@ def load(
     check(recipe, registry)
     setting = _setting(recipe, registry, Hooks.none(), progress)
     training = _training(setting)
-    _restore(training, place, place.latest_round())
+    training.restore(*_state(place, place.latest_round()))
     return Trained(setting, training)
 
 
@@ -185,9 +206,11 @@ def _train(
     folder: RunFolder,
     progress: Callable[[str], None],
     start: int | None,
+    processes: Processes,
 ) -> None:
     """Load, build, train to the end, judge; on the way, evaluate and save as often as the recipe says."""
-    setting = _setting(recipe, registry, hooks, progress)
+    processes.tell((folder.path, recipe.to_dict()))
+    setting = _setting(recipe, registry, hooks, progress, processes)
     task = setting.task
     hooks.observe("data_loaded", card=task.card.to_dict(), headline=task.headline)
     training = _training(setting)
@@ -196,8 +219,8 @@ def _train(
     hooks.observe("model_built", shared_bytes=shared_bytes, table_bytes=learned.declared.table_bytes)
     judge_every, save_every = _pace(recipe, recipe.evaluation.every), _pace(recipe, recipe.checkpoint.every)
     last = saved = 0
+    _restore(training, processes, None if start is None else _state(folder, start))
     if start is not None:
-        _restore(training, folder, start)
         hooks.observe("run_resumed", round=start)
         last = saved = start
     try:
@@ -212,12 +235,28 @@ def _train(
             _save(training, folder, last, recipe, hooks)
         for subject, evaluation in task.final(training.learned()):
             hooks.observe("evaluated", round=last, subject=subject, evaluation=evaluation)
+        processes.order("end")
     except KeyboardInterrupt as stop:
         stop.add_note(folder.way_on())  # what is on the disk: it may have been stopped right after saving
         raise
     summary = RunLog(folder.path).record().summary()
     folder.write("summary.json", summary)
     hooks.observe("run_finished", summary=summary)
+
+
+def _follow(recipe: Recipe, registry: Registry, processes: Processes) -> Run:
+    """What a process that does not lead does of a training, in the order of :func:`_train`."""
+    folder, of_all = processes.tell((Path(), recipe.to_dict()))
+    if recipe.to_dict() != of_all:
+        raise RecipeError(
+            f"process {processes.rank} of {processes.count} was started with another recipe, or other options, than "
+            f"the first; give all of them the same command"
+        )
+    setting = _setting(recipe, registry, Hooks.none(), lambda message: None, processes)
+    training = Standalone(setting) if recipe.mode == "standalone" else Helper(setting)
+    _restore(training, processes, None)
+    training.follow()
+    return Run(folder)
 
 
 def _pace(recipe: Recipe, rounds: int) -> int:
@@ -240,16 +279,28 @@ def _save(training: Training, folder: RunFolder, round: int, recipe: Recipe, hoo
     return round
 
 
-def _restore(training: Training, folder: RunFolder, round: int) -> None:
-    """Bring a training to where it was after ``round``; what is damaged is refused before anything is changed."""
-    state = read_checkpoint(folder.checkpoints, round)
-    training.restore(state, read_attachments(folder.checkpoints, round))
+def _state(folder: RunFolder, round: int) -> State:
+    """What a training is restored from to be where it was after ``round``; what is damaged is refused."""
+    return read_checkpoint(folder.checkpoints, round), read_attachments(folder.checkpoints, round)
 
 
-def _setting(recipe: Recipe, registry: Registry, hooks: Hooks, progress: Callable[[str], None]) -> Setting:
+def _restore(training: Training | Helper, processes: Processes, state: State | None) -> None:
+    """Bring the training of every process to the state that the leading one has read, if it has."""
+    state = processes.tell(state)
+    if state is not None:
+        training.restore(*state)
+
+
+def _setting(
+    recipe: Recipe,
+    registry: Registry,
+    hooks: Hooks,
+    progress: Callable[[str], None],
+    processes: Processes = ALONE,
+) -> Setting:
     draws = Draws(recipe.seed)
     data = registry.make("dataset", recipe.data.part, path="data").load(draws=draws, progress=progress)
-    return Setting(recipe, registry, make_task(data, recipe, draws), hooks, draws, time.monotonic)
+    return Setting(recipe, registry, make_task(data, recipe, draws), hooks, draws, time.monotonic, processes)
 
 
 def _training(setting: Setting) -> Training:

@@ -16,10 +16,11 @@ from fedtower.core.errors import RecipeError
 from fedtower.core.round import RoundReport, stopped
 from fedtower.core.runtime import Work
 from fedtower.core.server import Schedule
-from fedtower.recsys.central import common_rows, mean_loss
+from fedtower.recsys.central import mean_loss
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.losses import in_batch_softmax
 from fedtower.recsys.models import SequenceTower, array
+from fedtower.recsys.share import Share
 from fedtower.recsys.step import pure
 from fedtower.recsys.tables import optimizer_arrays, restore_optimizer
 from fedtower.recsys.tasks import Labelled
@@ -32,6 +33,9 @@ class Standalone:
 
     The towers are stepped by Adam, the tables by ``rows.optimizer``; a user's own vector by plain gradient descent at
     ``local.lr``, as on her device.
+
+    Under torchrun every process takes its share of each batch, and gradients are summed: the batch is the recipe's,
+    whatever the number of processes.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -41,6 +45,11 @@ class Standalone:
             raise RecipeError(
                 "local.loss = 'in_batch_softmax' needs standalone.users_per_batch of at least 2: others' items are "
                 "its negatives"
+            )
+        if recipe.local.loss == "in_batch_softmax" and not setting.processes.is_alone:
+            raise RecipeError(
+                "local.loss = 'in_batch_softmax' ranks each target among those of the whole batch, which no process of "
+                "a torchrun has: train it in one process, or set local.loss = 'sampled_softmax'"
             )
         self._setting = setting
         self._settings = settings
@@ -62,71 +71,90 @@ class Standalone:
 
     def rounds(self) -> Iterator[RoundReport]:
         """Train, one epoch an item."""
-        setting, settings = self._setting, self._settings
-        while self._epoch < settings.epochs:
-            epoch, started = self._epoch + 1, setting.clock()
-            scale = self._schedule(epoch)
-            clients = 0
-            loss = weight = 0.0
-            for work in setting.task.central(epoch):
-                clients += len(work)
-                if work.examples.sum():
-                    loss += self._step(work, scale) * float(work.examples.sum())
-                    weight += float(work.examples.sum())
-            self._epoch = epoch
-            report = RoundReport(
-                round=epoch,
-                total_rounds=settings.epochs,
-                loss=loss / weight if weight else float("nan"),
-                clients=clients,
-                dropped=0,
-                bytes_up=0,
-                bytes_down=0,
-                seconds=setting.clock() - started,
-            )
+        setting = self._setting
+        while self._epoch < self._settings.epochs:
+            setting.processes.order("epoch")
+            report = self._one_epoch()
             setting.hooks.observe("round_finished", report=report)
             yield report
             if stopped(report, setting.hooks):
                 return
 
+    def follow(self) -> None:
+        """Take part, as a process that does not lead, in what the leading one does until it is done."""
+        help = {} if self._model.tables is None else self._model.tables.help
+        self._setting.processes.serve({"epoch": self._one_epoch, **help})
+
+    def _one_epoch(self) -> RoundReport:
+        """Every example once."""
+        setting, settings = self._setting, self._settings
+        epoch, started = self._epoch + 1, setting.clock()
+        scale = self._schedule(epoch)
+        clients = 0
+        loss = weight = 0.0
+        for work in setting.task.central(epoch):
+            clients += len(work)
+            if work.examples.sum():
+                loss += self._step(work, scale) * float(work.examples.sum())
+                weight += float(work.examples.sum())
+        self._epoch = epoch
+        return RoundReport(
+            round=epoch,
+            total_rounds=settings.epochs,
+            loss=loss / weight if weight else float("nan"),
+            clients=clients,
+            dropped=0,
+            bytes_up=0,
+            bytes_down=0,
+            seconds=setting.clock() - started,
+        )
+
     def _step(self, work: Work, scale: float) -> float:
-        """One step on a batch of users: back through towers, rows and tables; the loss before it."""
-        device, tables = self._setting.recipe.device, self._model.tables
+        """One step on a batch: back through towers, rows and tables; the loss before it."""
+        device, tables, processes = self._setting.recipe.device, self._model.tables, self._setting.processes
+        share = Share.of(work, self._setting.task.batch_axis, processes)
         slots: dict[str, Tensor] = {}
         ids: dict[str, Tensor] = {}
         if tables is not None:
-            needed, where = common_rows(work)
+            needed, where = share.rows()
             tables.begin(scale)
             rows = tables.rows(self._model.declared.source, needed)
             slots = {name: rows[torch.from_numpy(places).to(device)] for name, places in where.items()}
             ids = {name: torch.from_numpy(needed[places]).to(device) for name, places in where.items()}
-        inputs = {name: torch.from_numpy(np.array(values[:, 0])).to(device) for name, values in work.inputs.items()}
-        own = {
-            name: torch.from_numpy(self._model.store.read(name, work.clients)).to(device).requires_grad_()
-            for name in self._on_device
-        }
-        loss = self._loss(own, slots, inputs, ids)
+        inputs = {name: torch.from_numpy(values).to(device) for name, values in share.inputs().items()}
+        stored = {name: torch.from_numpy(self._model.store.read(name, work.clients)) for name in self._on_device}
+        users = torch.from_numpy(share.users)
+        own = {name: value[users].to(device).requires_grad_() for name, value in stored.items()}
+        loss = self._loss(own, slots, inputs, ids, total=float(work.inputs["weight"][:, 0].sum()))
         for group in self._adam.param_groups:
             group["lr"] = self._settings.lr * scale
         self._adam.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         if tables is not None:
             tables.finish()
+        reported = loss.detach()
+        slopes = {name: _by_user(value.grad, users, stored[name]) for name, value in own.items()}
+        trained = [value.grad for value in self._shared.values() if value.grad is not None]
+        processes.sum([reported, *slopes.values(), *trained])
         self._adam.step()
-        for name, value in own.items():
-            assert value.grad is not None
+        for name, value in stored.items():
             # The loss is a mean over users; a user's own gradient is her share of it times their number.
-            stepped = value.detach() - self._setting.recipe.local.lr * scale * len(work) * value.grad
+            stepped = value - self._setting.recipe.local.lr * scale * len(work) * slopes[name]
             self._model.store.write(name, work.clients, array(stepped))
-        return float(loss.detach())
+        return float(reported)
 
     def _loss(
-        self, own: dict[str, Tensor], slots: dict[str, Tensor], inputs: dict[str, Tensor], ids: dict[str, Tensor]
+        self,
+        own: dict[str, Tensor],
+        slots: dict[str, Tensor],
+        inputs: dict[str, Tensor],
+        ids: dict[str, Tensor],
+        total: float,
     ) -> Tensor:
-        """The mean loss over all examples of the batch."""
+        """The mean loss over all examples of the batch, of weight ``total``; of a share of it, its part of that."""
         name = self._setting.recipe.local.loss
         if name != "in_batch_softmax":
-            return mean_loss(self._tower, name, self._shared, own, slots, inputs)
+            return mean_loss(self._tower, name, self._shared, own, slots, inputs, total)
         # vmap pairs the entries of two dictionaries by their order: both begin with the shared ones.
         axes = {**dict.fromkeys(self._shared), **dict.fromkeys(own, 0)}
         return self._in_batch(axes, {**self._shared, **own}, slots, inputs, ids["history"])
@@ -174,3 +202,9 @@ class Standalone:
             for name, value in self._shared.items():
                 value.copy_(torch.from_numpy(held[name]))
         restore_optimizer(self._adam, grouped(arrays, "adam"))
+
+
+def _by_user(gradient: Tensor | None, users: Tensor, like: Tensor) -> Tensor:
+    """The gradients of some users' values where everybody's are, (C, *shape)."""
+    assert gradient is not None
+    return torch.zeros_like(like).index_add_(0, users, gradient.cpu())

@@ -65,6 +65,11 @@ class Task(Protocol):
         """Whether something is held out to tune on."""
         ...
 
+    @property
+    def batch_axis(self) -> int:
+        """What a batch of :meth:`central` can be cut along: 0 its users, 1 its examples."""
+        ...
+
     def client_data(self) -> ClientData:
         """The clients' data as work."""
         ...
@@ -184,6 +189,11 @@ class Histories:
         """Whether the split holds validation items out."""
         return self.split.validation
 
+    @property
+    def batch_axis(self) -> int:
+        """A batch is of many users."""
+        return 0
+
     def client_data(self) -> SequenceData:
         """Stretches of histories.
 
@@ -271,6 +281,11 @@ class Labelled:
     def has_validation(self) -> bool:
         """Whether there are examples to tune on."""
         return len(self.examples.held_out("validation").labels) > 0
+
+    @property
+    def batch_axis(self) -> int:
+        """A batch is of many examples, whoever's."""
+        return 1
 
     def client_data(self) -> ExampleData:
         """Shuffled batches.

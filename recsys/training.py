@@ -24,6 +24,7 @@ from fedtower.core.server import Schedule, ServerState
 from fedtower.core.store import ClientStore
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.models import Declared
+from fedtower.recsys.processes import ALONE, Processes
 from fedtower.recsys.public_rows import PublicRows
 from fedtower.recsys.tables import CloudTables
 from fedtower.recsys.tasks import Task
@@ -44,6 +45,7 @@ class Setting:
     hooks: Hooks
     draws: Draws
     clock: Callable[[], float]
+    processes: Processes = ALONE
 
 
 class Training(Protocol):
@@ -87,13 +89,14 @@ class Assembled:
         return under("tables", {} if self.tables is None else self.tables.snapshot())
 
     def attachments(self) -> Attachments:
-        """What the clients keep, if they keep anything."""
-        return {"clients": self.store.save} if self.store.names else {}
+        """What the clients keep, if they keep anything, and tables that are spread over processes."""
+        clients: Attachments = {"clients": self.store.save} if self.store.names else {}
+        return {**clients, **({} if self.tables is None else self.tables.attachments)}
 
     def restore(self, arrays: Arrays, attached: Attached) -> None:
         """Continue from a snapshot and what was attached to it."""
         if self.tables is not None:
-            self.tables.restore(grouped(arrays, "tables"))
+            self.tables.restore(grouped(arrays, "tables"), attached.get("tables"))
         if "clients" in attached:
             self.store.load(attached["clients"])
         else:  # a checkpoint from before there were attachments, or one of clients that keep nothing
@@ -118,12 +121,34 @@ def assemble(setting: Setting, *, row_lr: float | None = None, tower_lr: float |
     tables = None
     if declared.tables:
         tables = CloudTables(
-            declared, task.features, recipe.rows, generator, device=recipe.device, row_lr=row_lr, tower_lr=tower_lr
+            declared,
+            task.features,
+            recipe.rows,
+            generator,
+            device=recipe.device,
+            row_lr=row_lr,
+            tower_lr=tower_lr,
+            processes=setting.processes,
         )
     store = ClientStore(task.num_clients)
     for name, value in declared.device_parameters().items():
         store.declare(name, value)
     return Assembled(declared, tables, store)
+
+
+def assemble_spread(setting: Setting) -> Assembled:
+    """The model of a federated run, whose tables are all that several processes can share.
+
+    Raises:
+        RecipeError: there are several, and no tables.
+    """
+    model = assemble(setting)
+    if model.tables is None and not setting.processes.is_alone:
+        raise RecipeError(
+            f"in simulated mode the {setting.processes.count} processes of a torchrun hold a model's tables, and the "
+            f"model {setting.recipe.model.name!r} has none: leave torchrun out, or set mode = 'standalone'"
+        )
+    return model
 
 
 class Federated:
@@ -132,7 +157,7 @@ class Federated:
     def __init__(self, setting: Setting) -> None:
         recipe, make = setting.recipe, setting.registry.make
         self._setting = setting
-        self._model = assemble(setting)
+        self._model = assemble_spread(setting)
         self._public = _public_rows(setting, self._model)
         transforms = [make("transform", part, path=f"transforms.{i}") for i, part in enumerate(recipe.transforms)]
         optimizer = make("server_optimizer", recipe.server.part, path="server")
@@ -218,11 +243,32 @@ class Federated:
         )
 
 
+class Helper:
+    """The part of a process that does not lead in a federated run: it holds its part of the tables, and answers."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._processes = setting.processes
+        self._model = assemble_spread(setting)
+
+    def restore(self, arrays: Arrays, attached: Attached = NOTHING) -> None:
+        """Continue from a snapshot and what was attached to it."""
+        self._model.restore(arrays, attached)
+
+    def follow(self) -> None:
+        """Do what the leading process orders, until it is done."""
+        self._processes.serve({} if self._model.tables is None else self._model.tables.help)
+
+
 def _public_rows(setting: Setting, model: Assembled) -> PublicRows | None:
     """What trains the rows on public data, where the recipe wants it."""
     rows, task = setting.recipe.rows, setting.task.public
     if task is None or (rows.train != "public" and not rows.public.warmup):
         return None
+    if not setting.processes.is_alone:
+        raise RecipeError(
+            f"public data trains the rows in one process, and torchrun started {setting.processes.count}: leave "
+            f'torchrun out, or set rows.train = "device_updates" and no rows.public.warmup'
+        )
     return PublicRows(task, model.declared, model.tables, setting.recipe.local, rows.public)
 
 

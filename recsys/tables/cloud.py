@@ -18,7 +18,7 @@ from fedtower.core.checkpoint import grouped
 from fedtower.core.errors import RecipeError, UpdateError
 from fedtower.core.plan import RowSettings
 from fedtower.recsys.models import Declared, Table
-from fedtower.recsys.processes import Processes
+from fedtower.recsys.processes import ALONE, Processes
 from fedtower.recsys.tables.fused import Fused
 from fedtower.recsys.tables.states import Arrays, copied, optimizer_arrays, restore_optimizer, taken
 
@@ -57,9 +57,9 @@ class CloudTables:
         device: str = "cpu",
         row_lr: float | None = None,
         tower_lr: float | None = None,
-        processes: Processes | None = None,
+        processes: Processes = ALONE,
     ) -> None:
-        self._declared = declared.tables
+        self._num_bytes = declared.table_bytes
         self._source = declared.source
         self._features = features
         self._device = torch.device(device)
@@ -67,7 +67,7 @@ class CloudTables:
         self._row_lr = settings.lr if row_lr is None else row_lr
         self._tower_lr = settings.tower_lr if tower_lr is None else tower_lr
         self._generation = 0
-        self._processes = processes or Processes()
+        self._processes = processes
         self._tables = _rows_of(declared.tables, settings, self._row_lr, self._device, self._processes)
         for table in declared.tables:
             for start, values in drawn(table, generator):
@@ -82,9 +82,14 @@ class CloudTables:
         return self._generation
 
     @property
+    def device(self) -> torch.device:
+        """Where the tables are."""
+        return self._device
+
+    @property
     def num_bytes(self) -> int:
         """The size of all tables: what shipping them to a device would cost."""
-        return sum(4 * table.num_rows * table.dim for table in self._declared)
+        return self._num_bytes
 
     def fetch(self, source: str, ids: IntArray) -> FloatArray:
         """The rows of ``ids`` as the tower computes them, (n, W)."""

@@ -19,3 +19,9 @@ def quietly() -> Iterator[None]:
         logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
         yield
     logging.root.handlers[:] = handlers
+
+
+def hush_torch() -> None:
+    """From now on nobody hears what torch says to TorchRec: that it calls functions that will have other names."""
+    for said in ("Please use DTensor instead", r"`torch\.distributed\.\w+` is deprecated"):
+        warnings.filterwarnings("ignore", message=said, category=FutureWarning)

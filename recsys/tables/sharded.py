@@ -18,11 +18,11 @@ from torch import Tensor
 from fedtower.core.plan import RowSettings
 from fedtower.recsys.models import Table
 from fedtower.recsys.processes import Processes
-from fedtower.recsys.tables.quiet import quietly
+from fedtower.recsys.tables.quiet import hush_torch, quietly
 from fedtower.recsys.tables.states import Arrays, load_sharded, save_sharded, taken
 
 with quietly():
-    from torch.distributed._shard.sharded_tensor import ShardedTensor
+    from torch.distributed._shard.sharded_tensor.api import ShardedTensor
     from torchrec.distributed import comm_ops
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
     from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -41,6 +41,7 @@ class Sharded:
     """Tables of which each process holds some rows (``row_wise``), or some tables whole (``table_wise``)."""
 
     def __init__(self, tables: tuple[Table, ...], settings: RowSettings, lr: float, processes: Processes) -> None:
+        hush_torch()
         self._names = [table.name for table in tables]
         self._width = sum(table.dim for table in tables)
         self._processes = processes

@@ -4,6 +4,7 @@ wrote.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributed import checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from fedtower.core.errors import CheckpointError
 
@@ -54,8 +58,16 @@ def taken(arrays: Arrays, name: str, shape: torch.Size | None = None) -> NDArray
 
 
 def save_sharded(folder: Path, states: Mapping[str, Any]) -> None:
-    """Write tensors, whole ones or the shards of all processes, into ``folder``; every process calls it."""
-    checkpoint.save(dict(states), checkpoint_id=folder)
+    """Write the shards of all processes into ``folder``; every process calls it.
+
+    Raises:
+        OSError: what the disk said to any of them.
+    """
+    try:
+        save(dict(states), checkpoint_id=folder)
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from error
 
 
 def load_sharded(folder: Path, states: Mapping[str, Any], *, alone: bool) -> None:
@@ -67,14 +79,16 @@ def load_sharded(folder: Path, states: Mapping[str, Any], *, alone: bool) -> Non
     Raises:
         CheckpointError: the folder holds the tables of another model.
     """
-    held = checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
+    held = FileSystemReader(folder).read_metadata().state_dict_metadata
     for name, value in states.items():
         if name not in held:
             raise CheckpointError(f"the checkpoint's {folder.name} hold no {name!r}: they belong to another model")
         there = getattr(held[name], "size", None)
         if there is None or tuple(there) != tuple(value.size()):
             raise _other_shape(name, () if there is None else tuple(there), value.size())
-    checkpoint.load(dict(states), checkpoint_id=folder, no_dist=alone)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what alone says
+        load(dict(states), checkpoint_id=folder, no_dist=alone)
 
 
 def _other_shape(name: str, there: tuple[int, ...], here: torch.Size) -> CheckpointError:
