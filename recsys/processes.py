@@ -7,6 +7,9 @@ the others do their part of what it orders, and end as it ends.
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,7 +32,9 @@ IntArray = NDArray[np.int64]
 # The leading one may evaluate or read data for as long as it takes. One that dies is not waited for: its connections
 # close.
 _PATIENCE = timedelta(days=30)
-_FAREWELL_SECONDS = 3.0
+_FAREWELL_SECONDS = 5.0
+_GLANCE_SECONDS, _GRACE_SECONDS = 0.2, 1.0
+_INTERRUPTED = 130
 
 
 class ProcessFailed(FedtowerError):
@@ -138,12 +143,35 @@ def together() -> Iterator[Processes]:
     try:
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=_PATIENCE)
         yield Processes(rank, count)
+        notice.stop_reading()
         distributed.barrier()  # one that leaves early makes others abort
     except BaseException as error:
+        error = _undisturbed(error)
+        notice.stop_reading()
         is_first = notice.post(error)
-        _leave()  # the others wait for this one: now they hear that it is gone
         raise notice.ending(error, is_first) from error.__cause__
     _leave()
+
+
+def _undisturbed(error: BaseException) -> BaseException:
+    """The error, or the interrupt that was on its way behind it; from now on no signal gets between a process and its
+    end, not even that of a torchrun which has seen another's end.
+    """
+    try:
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGINT, lambda number, frame: None)
+            signal.signal(signal.SIGTERM, lambda number, frame: None)
+    except KeyboardInterrupt:
+        return _undisturbed(_interrupt(error))
+    return error
+
+
+def _interrupt(error: BaseException) -> KeyboardInterrupt:
+    """An interrupt with what was noted on the error that it led to: how to go on."""
+    interrupt = KeyboardInterrupt()
+    for note in getattr(error, "__notes__", ()):
+        interrupt.add_note(note)
+    return interrupt
 
 
 def _leave() -> None:
@@ -156,10 +184,32 @@ class _Notice:
 
     def __init__(self, store: Any, rank: int, count: int) -> None:
         self._store, self._rank, self._count = store, rank, count
+        self._enough = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def stop_reading(self) -> None:
+        """From here on this process looks after its own end."""
+        self._enough.set()
+        self._reader.join()
+
+    def _read(self) -> None:
+        """End this process when another has failed and it does not come to its own end: it waits in a collective for
+        one that will never come, and that no exception can reach.
+        """
+        while not self._enough.wait(_GLANCE_SECONDS):
+            with suppress(RuntimeError):
+                if self._store.check(["first"]):
+                    _, code = json.loads(self._store.get("first"))
+                    if self._rank == 0 and code == _INTERRUPTED:
+                        return  # it was interrupted too, and has to say how to go on: the others do not wait for it
+                    if not self._enough.wait(_GRACE_SECONDS):
+                        self._part(code)
+                        os._exit(code)
 
     def post(self, error: BaseException) -> bool:
         """Whether this process is the first that failed; if so the others can read how."""
-        code = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
+        code = _INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
         with suppress(RuntimeError):  # the store is gone with the process that kept it
             if self._store.add("failures", 1) == 1:
                 self._store.set("first", json.dumps([self._rank, code]))
@@ -168,11 +218,13 @@ class _Notice:
         return True
 
     def ending(self, error: BaseException, is_first: bool) -> BaseException:
-        """What this process is to end with, once the others have had a moment to come to their own end."""
+        """What this process is to end with, once the others have come to their own end too, or had a moment for it."""
         with suppress(RuntimeError):
-            self._wait_for_others()
-            if not is_first and not (isinstance(error, KeyboardInterrupt) and self._rank == 0):
-                first, code = json.loads(self._store.get("first"))
+            first, code = json.loads(self._store.get("first"))
+            self._part(code)
+            if code == _INTERRUPTED:  # all were, and the leading one has to say how to go on
+                return self._with_another(0, code) if self._rank else _interrupt(error)
+            if not is_first:
                 return self._with_another(first, code)
         if type(error) is RuntimeError and "gloo" in str(error):
             return ProcessFailed(
@@ -187,8 +239,18 @@ class _Notice:
         failed.exit_code, failed.is_told = code, True
         return failed
 
-    def _wait_for_others(self) -> None:
-        """Else torchrun would end those that are left, before they have their exit code."""
+    def _part(self, code: int) -> None:
+        """Wait for the others a moment: the first, which may keep the store, is the last to leave it."""
+        if self._rank:
+            if code != _INTERRUPTED:
+                self._until(lambda: bool(self._store.check(["leader is leaving"])))
+            self._store.add("gone", 1)
+        else:
+            self._store.set("leader is leaving", "")
+            self._until(lambda: bool(self._store.add("gone", 0) == self._count - 1))
+
+    @staticmethod
+    def _until(is_so: Callable[[], bool]) -> None:
         until = time.monotonic() + _FAREWELL_SECONDS
-        while self._store.add("failures", 0) < self._count and time.monotonic() < until:
+        while not is_so() and time.monotonic() < until:
             time.sleep(0.02)

@@ -236,7 +236,7 @@ def _train(
         for subject, evaluation in task.final(training.learned()):
             hooks.observe("evaluated", round=last, subject=subject, evaluation=evaluation)
         processes.order("end")
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, RuntimeError) as stop:  # of processes, the others may have stopped first
         stop.add_note(folder.way_on())  # what is on the disk: it may have been stopped right after saving
         raise
     summary = RunLog(folder.path).record().summary()

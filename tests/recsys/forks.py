@@ -1,9 +1,10 @@
 """A process that has imported everything, and forks a child for each command line that it is given.
 
 It reads one JSON object a line, ``{"arguments": [...], "folder": ..., "disk": [place, kind, size], "later": [[size,
-arguments], ...]}``, and answers with the child's process id. The child runs ``fedtower`` with these arguments in that
-folder, its output in the files ``out`` and ``err`` there. With ``disk``, the child alone sees another file system at
-``place``; with ``later``, that one gets another size, other arguments are run, and what is on it is kept in ``kept``.
+arguments], ...], "environment": {...}}``, and answers with the child's process id. The child runs ``fedtower`` with
+these arguments in that folder and that environment, its output in the files ``out`` and ``err`` there. With ``disk``,
+the child alone sees another file system at ``place``; with ``later``, that one gets another size, other arguments are
+run, and what is on it is kept in ``kept``.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def become(order: dict[str, Any]) -> NoReturn:
         for number, name in ((0, os.devnull), (1, folder / "out"), (2, folder / "err")):
             os.dup2(os.open(name, os.O_RDWR | (os.O_CREAT | os.O_TRUNC if number else 0), 0o644), number)
         os.chdir(folder)
+        os.environ.update(order.get("environment") or {})
         if order.get("disk"):
             own_disk(*order["disk"])
         from fedtower.core.cli import call
