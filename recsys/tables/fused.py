@@ -31,6 +31,7 @@ class Fused:
     def __init__(self, tables: tuple[Table, ...], settings: RowSettings, lr: float, device: torch.device) -> None:
         adagrad = settings.optimizer == "rowwise_adagrad"
         self._names = [table.name for table in tables]
+        self._width = sum(table.dim for table in tables)
         self._device = device
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -56,6 +57,8 @@ class Fused:
 
     def lookup(self, ids: IntArray) -> Tensor:
         """The rows of ``ids`` of all tables side by side, (n, sum of dims); going backward steps them."""
+        if not len(ids):  # the collection refuses to look for nothing
+            return torch.zeros(0, self._width, device=self._device, requires_grad=True)
         where = torch.from_numpy(np.ascontiguousarray(ids))
         out: Tensor = self._collection(
             KeyedJaggedTensor(

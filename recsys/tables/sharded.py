@@ -59,7 +59,7 @@ class Sharded:
         """
         size = self._processes.most(len(ids))
         if not size:
-            return torch.zeros(0, self._width)
+            return torch.zeros(0, self._width, requires_grad=True)
         # The collection wants as many bags of everyone: those too many stay empty.
         lengths = torch.zeros(size, dtype=torch.int64)
         lengths[: len(ids)] = 1

@@ -4,15 +4,17 @@ It reads one JSON object a line, ``{"arguments": [...], "folder": ..., "disk": [
 arguments], ...], "environment": {...}}``, and answers with the child's process id. The child runs ``fedtower`` with
 these arguments in that folder and that environment, its output in the files ``out`` and ``err`` there. With ``disk``,
 the child alone sees another file system at ``place``; with ``later``, that one gets another size, other arguments are
-run, and what is on it is kept in ``kept``.
+run, and what is on it is kept in ``kept``. With ``program``, that file is run instead of ``fedtower``.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import io
 import json
 import os
+import runpy
 import shutil
 import sys
 import tempfile
@@ -46,6 +48,8 @@ def warm_up() -> None:
 
     from fedtower.core.cli import call
 
+    importlib.import_module("fedtower.recsys.tables.sharded")  # what several processes at once need more
+
     torch.set_num_threads(1)
     little = {
         "data.users": 20,
@@ -73,7 +77,14 @@ def become(order: dict[str, Any]) -> NoReturn:
             own_disk(*order["disk"])
         from fedtower.core.cli import call
 
-        code = call(order["arguments"])
+        if order.get("program"):
+            try:
+                runpy.run_path(order["program"], run_name="__main__")
+                code = 0
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else 1
+        else:
+            code = call(order["arguments"])
         for size, arguments in order.get("later") or []:
             mount(b"none", order["disk"][0].encode(), None, MS_REMOUNT, f"size={size}".encode())
             code = call(arguments)

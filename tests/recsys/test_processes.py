@@ -84,6 +84,20 @@ def finish(start: Callable[..., list[Any]], options: Options, tmp_path: Path) ->
     return trained
 
 
+def test_spread_tables_are_those_of_one_process(fork: Start, tmp_path: Path) -> None:
+    children = []
+    for rank, environment in enumerate(at_once(2)):
+        (folder := tmp_path / str(rank)).mkdir()
+        program = str(Path(__file__).with_name("spread.py"))
+        children.append(fork(folder=folder, environment=environment, program=program))
+    # At its end the other process asks for a row that is not there, which is an UpdateError's exit code for both.
+    assert [child.wait() for child in children] == [8, 8], [child.err for child in children]
+    for child in children:
+        assert [line for line in child.out.splitlines() if line.startswith("not so")] == []
+    assert "all of it" in children[0].out
+    assert "row ids of 'item' go from 0 to 22, but 99 was asked for" in children[1].out
+
+
 def clicks_of(folder: Path, overrides: Mapping[str, Any]) -> list[str]:
     """The words that make a recipe of labelled examples small, on a made-up file."""
     settings = {f"data.{name}": value for name, value in clicks.write(folder).items()}

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from fedtower.core.checkpoint import read_checkpoint, write_checkpoint
 from fedtower.core.draws import Draws
-from fedtower.core.errors import CheckpointError, UpdateError
+from fedtower.core.errors import CheckpointError, RecipeError, UpdateError
 from fedtower.core.plan import RowSettings
 from fedtower.core.testing.promises import Untouched, assert_same_bits
 from fedtower.plugins.models.dssm.model import ItemTower
 from fedtower.recsys.models import CloudTower, Declared, SharedTower, Table
+from fedtower.recsys.processes import Processes
 from fedtower.recsys.tables import CloudTables, RowOutOfRange
+from fedtower.recsys.tables.cloud import drawn
 
 DRAWS = Draws(2)
 ROWS, DIM, FEATURES = 20, 8, 3
@@ -112,6 +114,18 @@ def test_tables_begin_as_drawn_from_the_generator() -> None:
     assert not weights(large, "item_bias").any()
     assert_same_bits(weights(plain(seed=4), "item"), weights(plain(seed=4), "item"))
     assert (weights(plain(seed=4), "item") != weights(plain(seed=5), "item")).all()
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 64, 65, 127, 128, 129, 1000])
+def test_values_drawn_some_rows_at_a_time_are_those_drawn_at_once(
+    num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedtower.recsys.tables.cloud._DRAWN", 64)
+    parts = list(drawn(Table("item", num_rows, 4, 0.3), torch.Generator().manual_seed(5)))
+    whole = torch.empty(num_rows, 4).normal_(0.0, 0.3, generator=torch.Generator().manual_seed(5))
+    assert [start for start, _ in parts] == np.cumsum([0, *(len(values) for _, values in parts)])[:-1].tolist()
+    assert torch.equal(torch.cat([values for _, values in parts]), whole)
+    assert max(len(values) for _, values in parts) < 2 * 64 + 1
 
 
 @pytest.mark.parametrize("wrong", [-1, ROWS, 2**40])
@@ -268,6 +282,11 @@ def test_a_snapshot_of_another_model_is_refused(name: str) -> None:
 
 def test_the_size_is_that_of_all_tables() -> None:
     assert plain().num_bytes == ROWS * (DIM + 4) * 4
+
+
+def test_several_processes_keep_their_tables_on_cpus() -> None:
+    with pytest.raises(RecipeError, match='device = "cuda:0": tables are spread over processes on their CPUs'):
+        plain(device="cuda:0", processes=Processes(0, 2))
 
 
 def test_importing_the_tables_warns_of_nothing_and_leaves_logging_alone() -> None:
