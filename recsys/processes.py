@@ -149,6 +149,7 @@ def together() -> Iterator[Processes]:
         error = _undisturbed(error)
         notice.stop_reading()
         is_first = notice.post(error)
+        _leave()  # others may wait for this one: those whose connections close now hear that it is gone
         raise notice.ending(error, is_first) from error.__cause__
     _leave()
 
@@ -197,8 +198,8 @@ class _Notice:
         """End this process when another has failed and it does not come to its own end: it waits in a collective for
         one that will never come, and that no exception can reach.
         """
-        while not self._enough.wait(_GLANCE_SECONDS):
-            with suppress(RuntimeError):
+        with suppress(RuntimeError):  # the store is gone with the process that kept it
+            while not self._enough.wait(_GLANCE_SECONDS):
                 if self._store.check(["first"]):
                     _, code = json.loads(self._store.get("first"))
                     if self._rank == 0 and code == _INTERRUPTED:

@@ -273,7 +273,7 @@ def test_torchrun_itself_trains_what_one_process_trains(finish: Callable[..., Pa
 def test_torchrun_ends_with_its_ranks_and_one_process_goes_on(
     how: str, finish: Callable[..., Path], start: Callable[..., list[Any]], tmp_path: Path
 ) -> None:
-    long = {**EPOCHS, "standalone.epochs": 30, "rounds": 30, "checkpoint.every": 1, "evaluation.every": 0}
+    long = {**EPOCHS, "standalone.epochs": 12, "rounds": 12, "checkpoint.every": 1, "evaluation.every": 0}
     runs = tmp_path / "torchrun"
     with torchrun("run", "dlrm-criteo", *clicks_of(tmp_path, long), f"--runs={runs}") as run:
         until = time.monotonic() + 60
