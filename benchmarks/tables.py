@@ -84,7 +84,7 @@ def fused(name: str, sizes: Sequence[int], dim: int, optimizer: Any, **settings:
 
     def step(ids: IntArray, gradient: Tensor) -> None:
         lengths = torch.ones(ids.size, dtype=torch.int64)
-        values = collection(KeyedJaggedTensor(keys, torch.from_numpy(ids.reshape(-1)), lengths)).values()
+        values = collection(KeyedJaggedTensor(keys, values=torch.from_numpy(ids.reshape(-1)), lengths=lengths)).values()
         values.backward(gradient)
 
     return Contender(name, step)
@@ -257,6 +257,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("tables.json"), help="where the results are written")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    torch.sparse.check_sparse_tensor_invariants.disable()  # its default, which torch warns of unless it is said
     if args.what == "ranks":  # one of the processes of in_processes()
         with together() as processes:
             measured = rates(processes, args.steps)

@@ -47,7 +47,6 @@ class Sharded:
         self._processes = processes
         self._model = _distributed(_declared(tables, settings, lr), self._names, settings.sharding, processes)
         self._optimizer = self._model.fused_optimizer
-        self._optimizer.init_state([])  # else its moments would be lost, without a word, when a checkpoint is read
 
     def fill(self, name: str, start: int, values: Tensor) -> None:
         """Set the rows of a table from ``start`` on, as far as they are here."""
