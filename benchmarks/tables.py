@@ -257,7 +257,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("tables.json"), help="where the results are written")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    torch.sparse.check_sparse_tensor_invariants.disable()  # its default, which torch warns of unless it is said
+    # The default, which torch warns of unless somebody says it.
+    torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
     if args.what == "ranks":  # one of the processes of in_processes()
         with together() as processes:
             measured = rates(processes, args.steps)

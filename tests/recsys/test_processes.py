@@ -106,8 +106,12 @@ def clicks_of(folder: Path, overrides: Mapping[str, Any]) -> list[str]:
 
 
 def state_of(folder: Path) -> dict[str, NDArray[Any]]:
-    """All that a run has learnt, brought into one process."""
-    return dict(load(folder).training.snapshot())
+    """All that a run has learnt, and what its clients keep, brought into one process."""
+    training = load(folder).training
+    return {
+        **training.snapshot(),
+        **{f"clients/{name}": kept for name, kept in training.learned().store.snapshot().items()},
+    }
 
 
 def assert_close(one: Arrays, other: Arrays) -> None:
