@@ -224,6 +224,11 @@ def test_when_one_fails_all_end_with_its_code_and_it_is_said_once(
         (["run", "dssm-sinthetic"], 2, "dssm-sinthetic"),
         (["run", "dssm-synthetic", "-o", "mode=standalone", "-o", "local.loss=in_batch_softmax"], 2, "torchrun has"),
         (["run", "fedavg-mnist-mlp"], 2, "has none: leave torchrun out"),
+        (
+            ["run", "dssm-synthetic", "-o", "rows.public.share=0.1", "-o", "rows.public.warmup=1"],
+            2,
+            "public data trains the rows in one process",
+        ),
         (["resume", "nowhere"], 5, "nowhere is not a run folder"),
     ],
 )
