@@ -14,6 +14,7 @@ HOW_MANY = {
     "command": 11,
     "dataset": 6,
     "exporter": 2,
+    "index": 2,
     "model": 6,
     "recipe": 8,
     "runtime": 4,
