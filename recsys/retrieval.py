@@ -167,7 +167,7 @@ def candidates(index: Index, query: FloatArray, unwanted: IntArray, count: int, 
     asked = min(count + len(unwanted), num_items)
     while True:
         ids = index.search(query[None], asked)[0][0]
-        found = ids[(ids >= 0) & ~np.isin(ids, unwanted)]
+        found: IntArray = ids[(ids >= 0) & ~np.isin(ids, unwanted)]
         if len(found) >= min(count, num_items - len(unwanted)):
             return found
         if asked == num_items or ids[-1] < 0:

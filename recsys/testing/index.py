@@ -41,7 +41,7 @@ class IndexPromises(Promises):
     def test_scores_are_inner_products_best_first(self, index: Index, vectors: FloatArray) -> None:
         ids, scores = index.search(queries(), 20)
         assert ids.shape == scores.shape == (QUERIES, 20)
-        assert (ids.dtype, scores.dtype) == (np.int64, np.float32)
+        assert (ids.dtype.name, scores.dtype.name) == ("int64", "float32")
         known = ids >= 0
         products = np.einsum("bkd,bd->bk", vectors[np.maximum(ids - 5, 0) // 3], queries())
         np.testing.assert_allclose(scores[known], products[known], rtol=0.02, atol=0.3)

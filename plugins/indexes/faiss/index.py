@@ -69,7 +69,7 @@ class Faiss:
                 raise RecipeError(f"index.{name} must be at least 1, but is {value}")
 
     def build(self, vectors: FloatArray, ids: IntArray, draws: Draws) -> FaissIndex:
-        """The index of the vectors, built on one thread: a graph that several threads build differs each time."""
+        """The index of the vectors, built on one thread, so that its bits do not depend on how many there are."""
         check_vectors(vectors, ids)
         longest = float(np.sqrt((vectors.astype(np.float64) ** 2).sum(axis=1).max()))
         held = np.ascontiguousarray(vectors, dtype=np.float32)
@@ -101,14 +101,15 @@ class Faiss:
         """The index before it has seen a vector."""
         metric = self._metric()
         if self.kind == "hnsw":
-            graph = faiss.IndexHNSWFlat(dim, self.m or 16, metric)
+            graph: Any = faiss.IndexHNSWFlat(dim, self.m or 16, metric)
             graph.hnsw.efConstruction = self.ef_construction or 80
-            graph.hnsw.rng = faiss.RandomGenerator(seed)
+            graph.hnsw.rng = faiss.RandomGenerator(seed)  # type: ignore[attr-defined]  # its types leave that out
             return graph
         nlist = self.nlist or max(1, min(round(count**0.5), count // _POINTS_A_LIST))
         if nlist > count:
             raise RecipeError(f"index.nlist = {nlist} lists cannot be made of {count} items; make it smaller")
         coarse = faiss.IndexFlat(dim, metric)
+        lists: Any
         if self.kind == "sq8":
             lists = faiss.IndexIVFScalarQuantizer(coarse, dim, nlist, faiss.ScalarQuantizer.QT_8bit, metric)
         else:
@@ -165,7 +166,7 @@ class FaissIndex:
 
     def snapshot(self) -> Arrays:
         """faiss's own format, in bytes, and ours beside it."""
-        return {"faiss": faiss.serialize_index(self.index), "ids": self.ids, "longest": np.float64(self.longest)}
+        return {"faiss": faiss.serialize_index(self.index), "ids": self.ids, "longest": np.asarray(self.longest)}
 
 
 def _equally_long(vectors: FloatArray, longest: float) -> FloatArray:

@@ -64,7 +64,7 @@ def test_without_biases_both_find_nearly_all() -> None:
     plain, asked = items()[:, :-1], queries()[:, :-1]
     truth = names()[exact_search(plain, asked, 10)[0]]
     for metric in ("nearest", "inner_product"):
-        index = Faiss(metric=metric).build(plain, names(), Draws(1))  # type: ignore[arg-type]
+        index = Faiss(metric=metric).build(plain, names(), Draws(1))
         assert recall(index.search(asked, 10)[0], truth) > 0.95
 
 
