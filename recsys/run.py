@@ -34,6 +34,8 @@ FloatArray = NDArray[np.float32]
 
 RUNS = Path("runs")
 
+_TILE = 128
+
 
 @dataclass(frozen=True)
 class Recommendation:
@@ -204,8 +206,10 @@ class Trained:
             scores = scorer.score_all(client, events.lengths)[0]
             scores[seen] = -np.inf
         else:
-            items = np.sort(among)
-            scores = scorer.score(client, events.lengths, items[None])[0]
+            # In tiles of one shape, so that a score does not depend on how many others are asked for.
+            items = np.pad(np.sort(among), (0, -len(among) % _TILE), constant_values=-1)
+            tiles = items.reshape(-1, _TILE)
+            scores = scorer.score(client.repeat(len(tiles)), events.lengths.repeat(len(tiles)), tiles).reshape(-1)
         order = np.argsort(-scores, kind="stable")[:k]
         order = order[np.isfinite(scores[order])]
         return items[order], scores[order]

@@ -65,8 +65,9 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert learning_curve(one) == learning_curve(other)
     summaries = [json.loads((folder / "summary.json").read_text("utf-8")) for folder in (one, other)]
     for summary in summaries:
-        del summary["seconds"]
+        del summary["seconds"], summary["index"]["build_seconds"], summary["index"]["microseconds_a_query"]
     assert summaries[0] == summaries[1]
+    assert_same_bits(*(read_checkpoint(folder / "index", final(folder)[0]) for folder in (one, other)))
 
 
 def learning_curve(folder: Path) -> list[dict[str, Any]]:
