@@ -30,8 +30,8 @@ MOST_QUERIES = 1_000
 """Of the users with a test item, so many are looked up to judge an index: the standard error of recall is below .01."""
 
 _ADVICE = (
-    "It is the index of the run's items: `fedtower recommend RUN --exact` does without it, and `fedtower resume RUN` builds it again from the last "
-    "checkpoint"
+    "It is the index of the run's items: `fedtower recommend RUN --exact` does without it, and `fedtower resume RUN` "
+    "builds it again from the last checkpoint."
 )
 
 

@@ -67,7 +67,8 @@ def assert_same_end(one: Path, other: Path) -> None:
     for summary in summaries:
         del summary["seconds"], summary["index"]["build_seconds"], summary["index"]["microseconds_a_query"]
     assert summaries[0] == summaries[1]
-    assert_same_bits(*(read_checkpoint(folder / "index", final(folder)[0]) for folder in (one, other)))
+    mine, yours = (read_checkpoint(folder / "index", final(folder)[0]) for folder in (one, other))
+    assert_same_bits(mine, yours)
 
 
 def learning_curve(folder: Path) -> list[dict[str, Any]]:
