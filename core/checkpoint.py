@@ -80,13 +80,14 @@ def write_checkpoint(folder: Path, round: int, arrays: Arrays, keep: int, attach
     return place
 
 
-def read_checkpoint(folder: Path, round: int) -> dict[str, NDArray[Any]]:
-    """The arrays of the checkpoint of ``round``, each checked against the manifest before it is used.
+def read_checkpoint(folder: Path, round: int, advice: str | None = None) -> dict[str, NDArray[Any]]:
+    """The arrays of the checkpoint of ``round``, each checked against the manifest before it is used; ``advice`` is
+    what to do when it is damaged, by default to go on from an older one.
 
     Raises:
         CheckpointError: a file that is missing, cut short or altered.
     """
-    checkpoint = _Checkpoint.open(folder, round)
+    checkpoint = _Checkpoint.open(folder, round, advice)
     arrays = {}
     for name, (path, entry) in checkpoint.arrays.items():
         checkpoint.check(path, entry, name)
@@ -203,9 +204,9 @@ class _Checkpoint:
     attachments: Mapping[str, Mapping[str, Entry]]
 
     @classmethod
-    def open(cls, folder: Path, round: int) -> _Checkpoint:
+    def open(cls, folder: Path, round: int, advice: str | None = None) -> _Checkpoint:
         """Read the manifest, and check it against its own digest."""
-        place, advice = _place(folder, round), _advice(folder, round)
+        place, advice = _place(folder, round), advice or _advice(folder, round)
         try:
             if is_sealed(place) and not seal_fits(place):
                 raise CheckpointError(

@@ -154,6 +154,10 @@ class Observing:
         """The state after this round is on disk."""
 
     @hookspec
+    def index_built(self, round: int, figures: Mapping[str, Any]) -> None:
+        """The items of the model after this round can be searched; ``figures`` is what ``summary.json`` holds of it."""
+
+    @hookspec
     def warned(self, message: str) -> None:
         """Something is not as it should be, and the run goes on."""
 

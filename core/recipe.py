@@ -117,6 +117,7 @@ class Recipe:
     standalone: StandaloneSettings = field(default_factory=StandaloneSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    index: Part | None = None
     trackers: tuple[Part, ...] = ()
     plugins: PluginSection = field(default_factory=PluginSection)
 
@@ -155,6 +156,7 @@ class Recipe:
             ("aggregator", "aggregator", self.aggregator),
             ("server", "server_optimizer", self.server.part),
             ("transport", "transport", self.transport),
+            *([("index", "index", self.index)] if self.index else []),
             *((f"trackers.{i}", "tracker", part) for i, part in enumerate(self.trackers)),
         ]
 
@@ -224,8 +226,8 @@ def _sections() -> dict[str, NamedPart]:
     """The sections that name a part, as the recipe's types say."""
     found: dict[str, NamedPart] = {}
     for name, hint in get_type_hints(Recipe).items():
-        if hint in (Part, tuple[Part, ...]):
-            found[name] = NamedPart(several=hint is not Part)
+        if hint in (Part, Part | None, tuple[Part, ...]):
+            found[name] = NamedPart(several=hint == tuple[Part, ...])
         elif is_dataclass(hint):
             part = next((f for f in fields(hint) if "part" in f.metadata), None)
             if part is not None:
@@ -246,6 +248,7 @@ SECTION_OF = {
     "aggregator": "aggregator",
     "server_optimizer": "server",
     "transport": "transport",
+    "index": "index",
     "tracker": "trackers",
 }
 """The section in which a recipe names a part of each kind."""

@@ -54,7 +54,7 @@ def export_run(
 
 
 def write_request(folder: Path, user: str, count: int, path: Path, registry: Registry) -> None:
-    """What this user's device is sent, and has, to rank ``count`` candidates: those that the cloud's search would give.
+    """What this user's device is sent, and has, to rank ``count`` candidates: those that the run's index finds.
 
     Raises:
         RecipeError: the run was on labelled examples.
@@ -66,10 +66,7 @@ def write_request(folder: Path, user: str, count: int, path: Path, registry: Reg
     population = task.population
     client = np.array([population.client_index(user)])
     events = population.events(client)
-    scores = task.scorer(learned, "now").score_all(client, events.lengths)[0]
-    scores[events.items] = -np.inf
-    found = np.sort(np.argsort(-scores, kind="stable")[:count])
-    found = found[np.isfinite(scores[found])]
+    found = np.sort(trained.best(user, count)[0])
     request = Request(
         history=learned.fetch(events.items[-task.recipe.local.history_length :]).numpy(),
         user=population.user_features(client)[0],

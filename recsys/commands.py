@@ -14,7 +14,7 @@ from fedtower.core.cli import pass_registry
 from fedtower.core.recipe import load_recipe
 from fedtower.core.registry import Registry
 from fedtower.recsys.bundle import Bundle, Precision
-from fedtower.recsys.display import Display
+from fedtower.recsys.display import Display, index_in_words
 from fedtower.recsys.launch import rank_and_count
 from fedtower.recsys.report import write_report
 from fedtower.recsys.runlog import RunLog, RunRecord, open_run
@@ -145,6 +145,7 @@ def evaluate(registry: Registry, folder: Path, protocol: Literal["sampled", "ful
     help="Which of the bundle's weights.",
 )
 @click.option("-k", "count", default=10, show_default=True, type=click.IntRange(min=1), help="How many items.")
+@click.option("--exact", is_flag=True, help="Score all items, and leave the run's index aside.")
 @json_option
 @pass_registry
 def recommend(
@@ -156,9 +157,12 @@ def recommend(
     runtime: str,
     weights: Precision,
     count: int,
+    exact: bool,
     as_json: bool,
 ) -> None:
     """The top items for one user, by a run's newest model, without those she has touched; or from a bundle.
+
+    A run's index finds the candidates and the model scores them; see [index] in the recipe.
 
     \b
     Examples:
@@ -166,8 +170,8 @@ def recommend(
       fedtower recommend --bundle runs/dssm-ml-100k-1/bundle --request bundle-42.safetensors
     """
     if bundle is not None:
-        if request is None or folder is not None or user is not None:
-            raise click.UsageError("--bundle needs a --request, and neither a RUN nor a --user")
+        if request is None or folder is not None or user is not None or exact:
+            raise click.UsageError("--bundle needs a --request, and neither a RUN nor a --user, nor --exact")
         _recommend_from_bundle(registry, bundle, request, runtime, weights, count, as_json)
         return
     if folder is None or user is None or request is not None:
@@ -175,7 +179,7 @@ def recommend(
     open_run(folder)
     from fedtower.recsys import run as api
 
-    items = api.load(folder, registry=registry).recommend(user, count)
+    items = api.load(folder, registry=registry).recommend(user, count, exact=exact)
     if as_json:
         click.echo(json.dumps([{"item": each.item, "title": each.title, "score": each.score} for each in items]))
         return
@@ -248,6 +252,8 @@ def _finish(console: Console, folder: Path) -> None:
             f"{in_times(selected.times_as_much)} as much",
             soft_wrap=True,
         )
+    if record.index is not None:
+        console.print(f"index:  {index_in_words(record.index)}", soft_wrap=True)
     console.print(f"report: {report}", soft_wrap=True)
     if record.started.get("mode") == "simulated":
         console.print(

@@ -215,6 +215,21 @@ def in_words(card: Mapping[str, Any]) -> str:
     return f"{card['name']}: {counts}{density}{span}{remarks}"
 
 
+def index_in_words(figures: Mapping[str, Any]) -> str:
+    """An index's figures, as ``summary.json`` holds them, in one line.
+
+    >>> print(index_in_words({"name": "faiss", "items": 3706, "recall": 0.9941, "at": 10, "queries": 1000,
+    ...                       "build_seconds": 0.13, "microseconds_a_query": 13.2, "bytes": 1_060_000}))
+    faiss, 3,706 items: recall@10 0.994 against all scored (1,000 queries), 13.2 us a query, built in 0.13 s, 1.1 MB
+    """
+    found = f"recall@{figures['at']} {figure(figures['recall'])} against all scored"
+    return (
+        f"{figures['name']}, {in_count(figures['items'])} items: {found} ({in_count(figures['queries'])} queries), "
+        f"{figures['microseconds_a_query']:.3g} us a query, built in {in_seconds(figures['build_seconds'])}, "
+        f"{in_bytes(figures['bytes'])}"
+    )
+
+
 def _row(cells: list[tuple[str, str]]) -> Text:
     """Cells flush right in columns of fixed width, so that a row can be printed without knowing the next."""
     metrics = len(cells) - (len(_WIDTHS) - 1)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -213,6 +213,21 @@ class SequenceTower(SharedTower):
         own = target[:, None] == torch.arange(history.shape[0], device=history.device)[None, :]
         positive = torch.where(own, self.score(vectors, history), 0.0).sum(dim=1)
         return positive, self.score(vectors, slots["negatives"])
+
+
+@runtime_checkable
+class InnerProduct(Protocol):
+    """A sequence tower whose score is an inner product, ``score(v, r) = queries(v) @ keys(r).T``: the items that suit a
+    user can then be looked up in an index. A bias of an item is one more dimension, in which every query is 1.
+    """
+
+    def queries(self, vectors: Tensor) -> Tensor:
+        """User vectors ``(B, D)`` as an index is asked with them, ``(B, E)``."""
+        ...
+
+    def keys(self, rows: Tensor) -> Tensor:
+        """Item rows ``(n, W)`` as an index holds them, ``(n, E)``."""
+        ...
 
 
 class ExampleTower(SharedTower):

@@ -60,7 +60,7 @@ def render(runs: Sequence[Told]) -> str:
     title = name if len(runs) == 1 else f"{len(runs)} runs side by side"
     main = [
         [section(runs) for section in (_key_figures, _warnings, _figures, _curves)],
-        tag("div", [_cost(runs), _data(runs)], class_="beside"),
+        tag("div", [_cost(runs), _data(runs), _retrieval(runs)], class_="beside"),
         [section(runs) for section in (_surroundings, _recipes)],
     ]
     body = [
@@ -289,6 +289,27 @@ def _data(runs: Sequence[Told]) -> Markup | None:
         for name in extra
     ]
     return _section("Data", _table(heads, rows), *remarks)
+
+
+def _retrieval(runs: Sequence[Told]) -> Markup | None:
+    """What each run's index finds, and what it costs."""
+    indexes = [run.record.index for run in runs]
+    if not any(indexes):
+        return None
+    measures: list[tuple[str, Callable[[Event], str]]] = [
+        ("index", lambda index: str(index["name"])),
+        ("items", lambda index: in_count(index["items"])),
+        ("recall against all scored", lambda index: f"{index['recall']:.4f} @{index['at']}"),
+        ("queries", lambda index: in_count(index["queries"])),
+        ("microseconds a query", lambda index: f"{index['microseconds_a_query']:.3g}"),
+        ("built in", lambda index: in_seconds(index["build_seconds"])),
+        ("size", lambda index: in_bytes(index["bytes"])),
+    ]
+    rows = [
+        tag("tr", tag("th", name, scope="row"), [tag("td", "–" if index is None else of(index)) for index in indexes])
+        for name, of in measures
+    ]
+    return _section("Retrieval", _table(["", *_columns(runs)], rows))
 
 
 def _warnings(runs: Sequence[Told]) -> Markup | None:

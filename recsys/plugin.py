@@ -34,6 +34,13 @@ KINDS = (
         template="fedtower.recsys:scaffold/runtime",
         summary="trains a model on clients",
     ),
+    Kind(
+        "index",
+        seam="fedtower.recsys.retrieval:IndexBuilder",
+        promises="fedtower.recsys.testing.index:IndexPromises",
+        template="fedtower.recsys:scaffold/index",
+        summary="finds the items that suit a user",
+    ),
 )
 
 COMMANDS = (

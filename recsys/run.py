@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedtower.core.checkpoint import read_attachments, read_checkpoint, write_checkpoint
 from fedtower.core.draws import Draws
@@ -19,16 +20,23 @@ from fedtower.core.hooks import Hooks
 from fedtower.core.recipe import Part, Recipe, check, load_recipe
 from fedtower.core.registry import Registry, discover
 from fedtower.recsys.evaluation import Evaluation
+from fedtower.recsys.index_of_run import index_of, queries_of
 from fedtower.recsys.losses import RANKING, loss_of
 from fedtower.recsys.processes import ALONE, Processes, together
+from fedtower.recsys.retrieval import Index, candidates
 from fedtower.recsys.run_folder import RunFolder
 from fedtower.recsys.runlog import RunLog
 from fedtower.recsys.standalone import Standalone
 from fedtower.recsys.tasks import Histories, Ranking, make_task
 from fedtower.recsys.training import Arrays, Attached, Federated, Helper, Setting, Training
 
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float32]
+
 RUNS = Path("runs")
 State = tuple[Arrays, Attached]
+
+_TILE = 128
 
 
 @dataclass(frozen=True)
@@ -66,9 +74,9 @@ class Run:
         """Measure the model of the newest checkpoint on the test items again."""
         return self.trained.evaluate()
 
-    def recommend(self, user: str, k: int = 10) -> list[Recommendation]:
-        """The top ``k`` items for a user, without those she has touched."""
-        return self.trained.recommend(user, k)
+    def recommend(self, user: str, k: int = 10, *, exact: bool = False) -> list[Recommendation]:
+        """The top ``k`` items for a user, without those she has touched; see :meth:`Trained.recommend`."""
+        return self.trained.recommend(user, k, exact=exact)
 
 
 def run(
@@ -160,7 +168,7 @@ def load(
     setting = _setting(recipe, registry, Hooks.none(), progress)
     training = _training(setting)
     training.restore(*_state(place, place.latest_round()))
-    return Trained(setting, training)
+    return Trained(setting, training, place)
 
 
 @dataclass(frozen=True)
@@ -169,6 +177,18 @@ class Trained:
 
     setting: Setting
     training: Training
+    folder: RunFolder
+
+    @cached_property
+    def index(self) -> Index | None:
+        """The saved index of this model; ``None`` of a model that cannot have one, or when it was not saved.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        setting = self.setting
+        by = index_of(setting.recipe, setting.registry, setting.task, self.training.learned())
+        return None if by is None else by.saved(self.folder.index, self.folder.latest_round())
 
     def evaluate(self, protocol: Ranking | None = None) -> Evaluation:
         """Measure on the test data, by the recipe's protocol or, of histories, by the one given (``sampled``,
@@ -176,27 +196,50 @@ class Trained:
         """
         return self.setting.task.judge(self.training.learned(), "test", protocol)
 
-    def recommend(self, user: str, k: int = 10) -> list[Recommendation]:
+    def recommend(self, user: str, k: int = 10, *, exact: bool = False) -> list[Recommendation]:
         """The top ``k`` items for a user (a raw id), without those she has touched; fewer when there are not so
         many.
 
+        The run's index finds candidates, and the model scores those; ``exact``, or without an index, it scores all.
+
         Raises:
             RecipeError: the run was on labelled examples, which have no items to recommend.
+            CheckpointError: the run's index is damaged.
         """
+        population = self._histories().population
+        return [
+            Recommendation(population.item_name(int(item)), population.item_title(int(item)), float(score))
+            for item, score in zip(*self.best(user, k, exact=exact), strict=True)
+        ]
+
+    def best(self, user: str, k: int, *, exact: bool = False) -> tuple[IntArray, FloatArray]:
+        """The items of :meth:`recommend` by number, and their scores, both ``(K,)`` with K at most ``k``."""
+        task, learned = self._histories(), self.training.learned()
+        client = np.array([task.population.client_index(user)])
+        events = task.population.events(client)
+        scorer = task.scorer(learned, "now")
+        seen, among = np.unique(events.items), None
+        if not exact and self.index is not None:
+            query = queries_of(learned, scorer.vectors(client, events.lengths))[0]
+            among = candidates(self.index, query, seen, k, task.population.num_items)
+        if among is None:
+            items = np.arange(task.population.num_items, dtype=np.int64)
+            scores = scorer.score_all(client, events.lengths)[0]
+            scores[seen] = -np.inf
+        else:
+            # In tiles of one shape, so that a score does not depend on how many others are asked for.
+            items = np.pad(np.sort(among), (0, -len(among) % _TILE), constant_values=-1)
+            tiles = items.reshape(-1, _TILE)
+            scores = scorer.score(client.repeat(len(tiles)), events.lengths.repeat(len(tiles)), tiles).reshape(-1)
+        order = np.argsort(-scores, kind="stable")[:k]
+        order = order[np.isfinite(scores[order])]
+        return items[order], scores[order]
+
+    def _histories(self) -> Histories:
         task = self.setting.task
         if not isinstance(task, Histories):
             raise RecipeError(f"the data {task.card.name!r} holds labelled examples: there are no items to recommend")
-        population = task.population
-        client = np.array([population.client_index(user)])
-        events = population.events(client)
-        scores = task.scorer(self.training.learned(), "now").score_all(client, events.lengths)[0]
-        scores[events.items] = -np.inf
-        best = np.argsort(-scores, kind="stable")[:k]
-        return [
-            Recommendation(population.item_name(int(item)), population.item_title(int(item)), float(scores[item]))
-            for item in best
-            if np.isfinite(scores[item])
-        ]
+        return task
 
 
 def _train(
@@ -217,6 +260,7 @@ def _train(
     learned = training.learned()
     shared_bytes = sum(value.nbytes for value in learned.parameters.values())
     hooks.observe("model_built", shared_bytes=shared_bytes, table_bytes=learned.declared.table_bytes)
+    index = index_of(recipe, registry, task, training.learned())
     judge_every, save_every = _pace(recipe, recipe.evaluation.every), _pace(recipe, recipe.checkpoint.every)
     last = saved = 0
     _restore(training, processes, None if start is None else _state(folder, start))
@@ -235,6 +279,10 @@ def _train(
             _save(training, folder, last, recipe, hooks)
         for subject, evaluation in task.final(training.learned()):
             hooks.observe("evaluated", round=last, subject=subject, evaluation=evaluation)
+        if index is not None and isinstance(task, Histories):
+            searched, figures = index.build(task, training.learned(), setting.clock)
+            index.save(folder.index, last, searched)
+            hooks.observe("index_built", round=last, figures=figures.to_dict())
         processes.order("end")
     except (KeyboardInterrupt, RuntimeError) as stop:  # of processes, the others may have stopped first
         stop.add_note(folder.way_on())  # what is on the disk: it may have been stopped right after saving

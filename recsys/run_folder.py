@@ -30,7 +30,7 @@ _LIBRARIES = ("fedtower", "numpy", "pandas", "torch", "torchrec", "fbgemm-gpu-cp
 @dataclass(frozen=True)
 class RunFolder:
     """``runs/NAME-N``: recipe.toml, environment.json, log.jsonl, checkpoints/, fedtower_plugins.py if the recipe had
-    one beside it, and after the run summary.json, report.html.
+    one beside it, and after the run index/, summary.json, report.html.
     """
 
     path: Path
@@ -83,6 +83,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Where the checkpoints are."""
         return self.path / "checkpoints"
+
+    @property
+    def index(self) -> Path:
+        """Where the index of its items is, named for the round of its model."""
+        return self.path / "index"
 
     def recipe(self) -> Recipe:
         """The resolved recipe that the run was started with."""

@@ -11,6 +11,8 @@ Every line has ``event`` and ``time``; the other keys depend on the event:
 ``evaluation``     ``round``, ``role``, ``label``, ``metrics``, ``cases``, ``users``
 ``baseline``       ``name``, ``role``, ``label``, ``metrics``
 ``checkpoint``     ``round``, ``path``
+``index``          ``round``, ``name``, ``items``, ``recall``, ``at``, ``queries``, ``build_seconds``,
+                   ``microseconds_a_query``, ``bytes``
 ``warning``        ``message``
 ``run_finished``   ``rounds``, ``seconds``, ``metrics``, ``report``
 =================  ====================================================================================================
@@ -117,6 +119,7 @@ class RunLog:
             evaluations=of["evaluation"],
             baselines=of["baseline"],
             checkpoints=of["checkpoint"],
+            index=of["index"][-1] if of["index"] else None,
             warnings=of["warning"],
             resumed=of["resumed"],
             finished=of["run_finished"][-1] if of["run_finished"] else None,
@@ -145,6 +148,7 @@ class RunRecord:
     evaluations: Sequence[Event]
     baselines: Sequence[Event]
     checkpoints: Sequence[Event]
+    index: Event | None
     warnings: Sequence[Event]
     resumed: Sequence[Event]
     finished: Event | None
@@ -192,6 +196,7 @@ class RunRecord:
             **({} if self.row_selection is None else {"row_selection": self.row_selection.to_dict()}),
             "evaluations": [_bare(event) for role in ("validation", "test") for event in self.final(role)],
             "baselines": [_bare(event) for event in self.baselines],
+            **({} if self.index is None else {"index": _bare(self.index)}),
         }
 
 
@@ -249,6 +254,7 @@ _SAME = {
     "evaluation": ("round", "role", "label"),
     "baseline": ("name", "role", "label"),
     "checkpoint": ("round",),
+    "index": (),
     "warning": ("message",),
 }
 _KINDS = ("run_started", "data", "model", *_SAME, "run_finished")
@@ -256,7 +262,7 @@ _KINDS = ("run_started", "data", "model", *_SAME, "run_finished")
 
 def _is_undone(event: Event, resumed: Event) -> bool:
     """Whether going back to the round of ``resumed`` makes ``event`` void."""
-    if event["event"] in ("round", "evaluation", "checkpoint"):
+    if event["event"] in ("round", "evaluation", "checkpoint", "index"):
         return bool(event.get("round", 0) > resumed.get("round", 0))
     return bool(event["event"] == "run_finished")
 

@@ -31,6 +31,19 @@ DATA_CARD: dict[str, Any] = {
 """What observers are given in ``data_loaded``."""
 
 
+INDEX: dict[str, Any] = {
+    "name": "exact",
+    "items": 200,
+    "recall": 1.0,
+    "at": 10,
+    "queries": 100,
+    "build_seconds": 0.01,
+    "microseconds_a_query": 25.0,
+    "bytes": 8_000,
+}
+"""What observers are given in ``index_built``."""
+
+
 def plan(round: int = 1, seed: int = 1) -> Plan:
     """What a cohort of round ``round`` is sent: three small parameters."""
     draws = Draws(seed)

@@ -104,6 +104,7 @@ def a_run(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
         ("evaluated", {"round": 3, "subject": "model", "evaluation": examples.Evaluation()}),
         ("evaluated", {"round": 3, "subject": "ItemPop", "evaluation": examples.Evaluation(role="test")}),
         ("checkpoint_written", {"round": 3, "path": folder / "checkpoints" / "000003"}),
+        ("index_built", {"round": 3, "figures": examples.INDEX}),
         ("warned", {"message": "something is not as it should be"}),
         ("run_finished", {"summary": {"rounds": 3, "seconds": 0.75, "metrics": {"HR@10": 0.5}}}),
     ]

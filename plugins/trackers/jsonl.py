@@ -77,6 +77,10 @@ class JSONLines:
         self._append("checkpoint", round=round, path=str(inside))
 
     @hookimpl
+    def index_built(self, round: int, figures: Mapping[str, Any]) -> None:
+        self._append("index", round=round, **figures)
+
+    @hookimpl
     def warned(self, message: str) -> None:
         self._append("warning", message=message)
 

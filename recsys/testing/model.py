@@ -13,7 +13,15 @@ from torch.func import vmap
 from fedtower.core.errors import RecipeError
 from fedtower.core.plan import LocalSettings
 from fedtower.core.testing.promises import Promises, assert_same_bits, not_promised
-from fedtower.recsys.models import Declared, ExampleSchema, ExampleTower, Model, Schema, SequenceTower
+from fedtower.recsys.models import (
+    Declared,
+    ExampleSchema,
+    ExampleTower,
+    InnerProduct,
+    Model,
+    Schema,
+    SequenceTower,
+)
 from fedtower.recsys.step import make_loss, make_step
 from fedtower.recsys.testing.examples import BATCH, CLICKS, IMAGES, NEGATIVES, SCHEMA, SLOTS
 
@@ -225,6 +233,16 @@ class ModelPromises(Promises):
         slots, inputs = self.batch(declared)
         vectors = tower.represent(slots["history"], torch.zeros(BATCH, dtype=torch.int64), inputs["user"])
         assert torch.isfinite(tower.score(vectors, slots["negatives"])).all()
+
+    def test_scores_are_the_inner_products_that_it_says_they_are(self) -> None:
+        declared = self.declare()
+        tower = self.tower_on_histories(declared)
+        if not isinstance(tower, InnerProduct):
+            not_promised("this model's score is no inner product, and has no index")
+        slots, inputs = self.batch(declared)
+        vectors = tower.represent(slots["history"], inputs["target"], inputs["user"])
+        rows = slots["negatives"]
+        torch.testing.assert_close(tower.queries(vectors) @ tower.keys(rows).T, tower.score(vectors, rows))
 
     @pytest.mark.parametrize(("users", "items"), [(0, 0), (3, 0), (0, 5)])
     def test_data_without_features_is_fine(self, users: int, items: int) -> None:

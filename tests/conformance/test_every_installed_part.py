@@ -15,6 +15,7 @@ HOW_MANY = {
     "dataset": 6,
     "exporter": 2,
     "journal": 2,
+    "index": 2,
     "model": 6,
     "recipe": 8,
     "runtime": 4,

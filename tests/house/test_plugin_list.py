@@ -52,7 +52,8 @@ def test_entry_points_are_named_for_their_kind_and_part() -> None:
         _, room, *rest = module.split(".")
         if room == "plugins":
             folder, part = rest
-            assert name == f"{folder.removesuffix('s')}-{part}".replace("_", "-")
+            kind = {"indexes": "index"}.get(folder, folder.removesuffix("s"))
+            assert name == f"{kind}-{part}".replace("_", "-")
         else:
             assert name == room
 

@@ -48,7 +48,7 @@ def packages(
 
 
 def test_there_are_as_many_kinds_as_expected() -> None:
-    assert len(KINDS) == 15
+    assert len(KINDS) == 16
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,12 +85,13 @@ def test_a_run_uses_one_of_every_kind(packages: tuple[Environment, Path], tmp_pa
         *("-o", "model.name=my_model", "-o", "runtime.name=my_runtime", "-o", "transforms.0.name=my_transform"),
         *("-o", "cohort.name=my_sampler", "-o", "cohort.size=6", "-o", "aggregator.name=my_aggregator"),
         *("-o", "server.optimizer=my_server_optimizer", "-o", "transport.name=my_transport"),
-        *("-o", "trackers.0.name=my_tracker"),
+        *("-o", "trackers.0.name=my_tracker", "-o", "index.name=my_index"),
         folder=tmp_path,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = (tmp_path / "runs").iterdir()
     assert len((run / "rounds.csv").read_text().splitlines()) == 3
+    assert json.loads((run / "summary.json").read_text())["index"]["name"] == "my_index"
     assert (run / "my_observer.txt").read_text().startswith("2 rounds, ")
     losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines() if '"round",' in line]
     assert len(losses) == 2

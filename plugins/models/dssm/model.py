@@ -136,3 +136,11 @@ class UserTower(SequenceTower):
 
     def score(self, vectors: Tensor, rows: Tensor) -> Tensor:
         return vectors @ rows[:, : self.dim].T + rows[:, self.dim]
+
+    def queries(self, vectors: Tensor) -> Tensor:
+        """A one after each vector, for the items' biases: ``(B, D)`` -> ``(B, D + 1)``."""
+        return torch.cat([vectors, torch.ones_like(vectors[:, :1])], dim=1)
+
+    def keys(self, rows: Tensor) -> Tensor:
+        """The rows as they are, the bias last: ``(n, D + 1)``."""
+        return rows

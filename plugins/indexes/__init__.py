@@ -1,0 +1,1 @@
+"""Indexes: they find the items that suit a user vector."""
