@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fedtower.plugins.runtimes.vectorized.products import SOURCE
+
 Flat = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 _log = logging.getLogger("fedtower.vectorized")
@@ -65,9 +67,11 @@ def cache_folder() -> Path:
 
 
 def digest(graph: GraphModule, example: Sequence[Tensor]) -> str:
-    """What a compiled step depends on: the operations, the shapes, the constants, the compiler, the processor."""
+    """What a compiled step depends on: the operations, the shapes, the constants, the compiler, the processor, and how
+    our own products are made.
+    """
     said = hashlib.sha256()
-    for part in (graph.code, torch.__version__, str(sorted(_OPTIONS.items())), _processor()):
+    for part in (graph.code, torch.__version__, str(sorted(_OPTIONS.items())), _processor(), SOURCE):
         said.update(part.encode())
     for value in example:
         said.update(f"{value.dtype}{tuple(value.shape)}{value.stride()}".encode())
@@ -91,7 +95,9 @@ def _alone(place: Path) -> Iterator[None]:
 def _compile(graph: GraphModule, example: Sequence[Tensor], place: Path) -> None:
     from torch._inductor import aot_compile
 
-    with tempfile.TemporaryDirectory(dir=place.parent) as folder, warnings.catch_warnings():
+    from fedtower.plugins.runtimes.vectorized.lowering import small_products
+
+    with small_products(), tempfile.TemporaryDirectory(dir=place.parent) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, of torch
         made = Path(folder) / place.name
         aot_compile(graph, tuple(example), options={**_OPTIONS, "aot_inductor.output_path": str(made)})
