@@ -44,7 +44,7 @@ def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Flat:
                     _compile(graph, example, place)
         return _load(place)
     except Exception as error:  # whatever a compiler chain can raise: the graph itself gives the same numbers, slowly
-        _warn_once(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        _warn_once(_first_line(error))
         return plain(graph)
 
 
@@ -93,11 +93,21 @@ def _alone(place: Path) -> Iterator[None]:
 
 
 def _compile(graph: GraphModule, example: Sequence[Tensor], place: Path) -> None:
+    """The graph as a file, with our own small products, or with the library's where the compiler does not take ours."""
+    try:
+        from fedtower.plugins.runtimes.vectorized.lowering import small_products
+
+        with small_products():
+            _build(graph, example, place)
+    except Exception as error:  # whatever a compiler chain can raise; if it is not about our products, it comes again
+        _build(graph, example, place)
+        _warn_of_products_once(_first_line(error))
+
+
+def _build(graph: GraphModule, example: Sequence[Tensor], place: Path) -> None:
     from torch._inductor import aot_compile
 
-    from fedtower.plugins.runtimes.vectorized.lowering import small_products
-
-    with small_products(), tempfile.TemporaryDirectory(dir=place.parent) as folder, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory(dir=place.parent) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, of torch
         made = Path(folder) / place.name
         aot_compile(graph, tuple(example), options={**_OPTIONS, "aot_inductor.output_path": str(made)})
@@ -132,3 +142,16 @@ def _warn_once(reason: str) -> None:
         "slower (a C++ compiler such as g++ is needed; runtime.compile = false says this is wanted): %s",
         reason,
     )
+
+
+@cache
+def _warn_of_products_once(reason: str) -> None:
+    _log.warning(
+        "this version of torch's compiler does not take the vectorized runtime's own matrix products, so the step is "
+        "compiled with the library's, up to twice as slow: %s",
+        reason,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedtower.core.draws import Draws
-from fedtower.plugins.runtimes.vectorized import compiled
+from fedtower.plugins.runtimes.vectorized import compiled, lowering
 from fedtower.plugins.runtimes.vectorized.graph import as_graph
 from fedtower.plugins.runtimes.vectorized.products import is_small
 
@@ -77,3 +78,19 @@ def test_no_small_product_is_left_to_the_library(made: tuple[list[Tensor], list[
 )  # fmt: skip
 def test_large_products_and_vectors_are_not_ours(m: int, k: int, n: int, small: bool) -> None:
     assert is_small(m, k, n) is small
+
+
+def test_a_compiler_that_does_not_take_our_products_makes_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*arguments: object) -> str:
+        raise AttributeError("no such door")
+
+    monkeypatch.setattr(lowering, "body", refused)
+    compiled._warn_of_products_once.cache_clear()
+    operands, place = [matrix(1, 8, 5), matrix(2, 5, 9)], tmp_path / "library.so"
+    with caplog.at_level(logging.WARNING, logger="fedtower.vectorized"):
+        compiled._compile(as_graph(lambda a, b: [a @ b], operands), operands, place)
+    assert "no such door" in caplog.text
+    (found,) = compiled._load(place)(operands)
+    torch.testing.assert_close(found, operands[0] @ operands[1])
