@@ -18,6 +18,7 @@ SOURCE = """
 #ifndef FEDTOWER_PRODUCTS
 #define FEDTOWER_PRODUCTS
 #include <torch/csrc/inductor/cpp_prefix.h>
+#include <ATen/cpu/vec/vec.h>
 namespace fedtower {
 using V = at::vec::Vectorized<float>;
 constexpr int W = V::size();
