@@ -13,7 +13,7 @@ from fedtower.core.checking import Leased
 from fedtower.core.draws import Draws
 from fedtower.core.hooks import Hooks
 from fedtower.core.plan import Plan
-from fedtower.core.rows import RowIds, RowStore
+from fedtower.core.rows import RowIds, RowStore, distinct
 from fedtower.core.runtime import Runtime, Work
 from fedtower.core.store import ClientStore
 from fedtower.core.transform import States, Transform, on_client
@@ -137,5 +137,5 @@ class ClientSide:
 
 def fetch(rows: RowStore, source: str, needed: RowIds) -> NDArray[np.float32]:
     """The rows that each client of a block needs, (R, D); those that many need are computed once."""
-    distinct, place = np.unique(needed.ids, return_inverse=True)
-    return rows.fetch(source, distinct)[place]
+    ids, place = distinct(needed.ids)
+    return rows.fetch(source, ids).take(place, axis=0)

@@ -93,32 +93,35 @@ class SequenceData:
         return target, start
 
     def _epoch(self, seen: Events, plan: Plan, epoch: int) -> _Lot:
-        """Every target once, in batches: stretches of equal length, shuffled within, cut into batches, in random
-        turn.
+        """Every target once, in batches: stretches of equal length, shuffled within, cut into batches, in random turn.
+        Batches whose turn never comes, because a visit has fewer steps, are left out.
         """
-        size, count = plan.local.batch_size, np.maximum(seen.lengths - 1, 0)
-        which = np.flatnonzero(seen.positions >= 1)
-        owner, position = seen.owners[which], seen.positions[which]
-        num_stretches = -(-count // span_of(plan.local))
-        stretch = (position - 1) * num_stretches[owner] // np.maximum(count[owner], 1)
-        key = self.draws.bits("targets", plan.round, seen.clients[owner], epoch, position)
-        first = _first_in_runs(owner, stretch, position)
-        order = _by_key_in_runs(key, owner, stretch)
-        owner, position, stretch, first = owner[order], position[order], stretch[order], first[order]
-        rank = _rank_in_runs(owner, stretch)
-        batch, place = rank // size, rank % size
-
-        head = np.flatnonzero(place == 0)
-        length = np.diff(np.append(head, len(place)))
-        lot = self.draws.bits("batches", plan.round, seen.clients[owner[head]], epoch, stretch[head], batch[head])
+        size, limit = plan.local.batch_size, plan.local.steps or np.iinfo(np.int64).max
+        owner, stretch, first, length = _stretches_of(seen, span_of(plan.local))
+        # Which batches there are follows from lengths alone: only targets whose turn comes are drawn and sorted.
+        batches = -(-length // size)
+        of = np.repeat(np.arange(len(owner)), batches)
+        batch = _rank_in_runs(of)
+        lot = self.draws.bits("batches", plan.round, seen.clients[owner[of]], epoch, stretch[of], batch)
         # What is left over of a stretch comes last, so that a visit of one step has as many targets as its stretch may
         # give. A stretch that is shorter than a batch waits no longer than others, or nobody would ever train on it.
-        left_over = (length < size) & (batch[head] > 0)
-        by_lot = np.lexsort((lot, left_over, owner[head]))
-        turn = np.empty(len(head), dtype=np.int64)
-        turn[by_lot] = _rank_in_runs(owner[head][by_lot])
-        num_batches = np.bincount(owner[head], minlength=len(seen)).astype(np.int64)
-        return _Lot(owner, position, first, np.repeat(turn, length), place, num_batches)
+        left_over = (length[of] - batch * size < size) & (batch > 0)
+        by_lot = np.lexsort((lot, left_over, owner[of]))
+        turn = np.empty(len(of), dtype=np.int64)
+        turn[by_lot] = _rank_in_runs(owner[of][by_lot])
+        num_batches = np.bincount(owner, weights=batches, minlength=len(seen)).astype(np.int64)
+
+        taken = np.flatnonzero(np.bincount(of, weights=turn < limit, minlength=len(owner)))
+        each = np.repeat(taken, length[taken])
+        position = first[each] + _rank_in_runs(each)
+        key = self.draws.bits("targets", plan.round, seen.clients[owner[each]], epoch, position)
+        order = _by_key_in_runs(key, each)
+        each, position = each[order], position[order]
+        rank = _rank_in_runs(each)
+        when = turn[(np.cumsum(batches) - batches)[each] + rank // size]
+        kept = when < limit
+        each, position, rank, when = each[kept], position[kept], rank[kept], when[kept]
+        return _Lot(owner[each], position, first[each], when, rank % size, num_batches)
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,19 @@ def _stretches(seen: Events, start: IntArray, window: int) -> IntArray:
     return np.asarray(seen.items[np.minimum(at, len(seen.items) - 1)])
 
 
+def _stretches_of(seen: Events, span: int) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+    """The stretches of each client: whose, the how manieth, its first target, and how many targets, all (n,).
+
+    A client's first event is nobody's target; the others are cut into stretches of equal length, ``span`` at most.
+    """
+    count = np.maximum(seen.lengths - 1, 0)
+    num = -(-count // span)
+    owner = np.repeat(np.arange(len(seen), dtype=np.int64), num)
+    stretch = _rank_in_runs(owner)
+    first, after = (-(-(stretch + one) * count[owner] // num[owner]) for one in (0, 1))
+    return owner, stretch, first + 1, after - first
+
+
 def _ask_for_nothing_more(history: IntArray, negatives: IntArray, target: IntArray, empty: NDArray[np.bool_]) -> None:
     """Let the slots that nothing looks at repeat rows that the client fetches anyway.
 
@@ -208,13 +224,6 @@ def _rank_in_runs(*keys: IntArray) -> IntArray:
     """The place of each entry within its run of equal keys, which stand together."""
     head = _heads(*keys)
     return np.asarray(np.arange(len(keys[0])) - np.repeat(head, np.diff(np.append(head, len(keys[0])))))
-
-
-def _first_in_runs(*keys_and_values: IntArray) -> IntArray:
-    """The value of the first entry of each one's run; the last array holds the values."""
-    *keys, values = keys_and_values
-    head = _heads(*keys)
-    return np.repeat(values[head], np.diff(np.append(head, len(values))))
 
 
 def _heads(*keys: IntArray) -> IntArray:

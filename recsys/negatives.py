@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,6 +16,10 @@ IntArray = NDArray[np.int64]
 # A client that has touched half of the catalogue is refused so often once in 2**32 draws; then what is left to it is
 # listed, which costs a pass over the catalogue.
 _ATTEMPTS = 32
+# Further attempts that one call draws: little is refused four times more, and a call has a price.
+_AT_ONCE = 4
+# A look at a table of bits costs a tenth of a search among sorted keys, as long as the table stays in the cache.
+_LARGEST_TABLE = 1 << 23
 
 
 def uniform_negatives(events: Events, num_items: int, steps: int, count: int, draws: Draws, round: int) -> IntArray:
@@ -27,21 +33,26 @@ def uniform_negatives(events: Events, num_items: int, steps: int, count: int, dr
     Raises:
         DataError: a client that has touched every item.
     """
-    touched = np.sort(events.owners * num_items + events.items)
+    refused = _Touched.of(events, num_items)
     clients = events.clients[:, None, None]
     step = np.arange(steps, dtype=np.int64)[None, :, None]
     position = np.arange(count, dtype=np.int64)[None, None, :]
-    base = np.arange(len(events), dtype=np.int64)[:, None, None] * num_items
+    owner = np.arange(len(events), dtype=np.int64)[:, None, None]
 
     chosen = draws.integers(num_items, "negatives", round, clients, step, position, 0)
-    c, s, n = np.nonzero(_contains(touched, base + chosen))
-    for attempt in range(1, _ATTEMPTS):
+    c, s, n = np.nonzero(refused.holds(owner, chosen))
+    for first in range(1, _ATTEMPTS, _AT_ONCE):
         if not len(c):
             return chosen
-        again = draws.integers(num_items, "negatives", round, events.clients[c], s, n, attempt)
-        chosen[c, s, n] = again
-        refused = _contains(touched, c * num_items + again)
-        c, s, n = c[refused], s[refused], n[refused]
+        attempts = np.arange(first, min(first + _AT_ONCE, _ATTEMPTS), dtype=np.int64)
+        again = draws.integers(
+            num_items, "negatives", round, events.clients[c][:, None], s[:, None], n[:, None], attempts
+        )
+        bad = refused.holds(c[:, None], again)
+        # The first that is not refused; that of the last attempt, which is refused too, where all of them are.
+        chosen[c, s, n] = again[np.arange(len(c)), np.where(bad.all(axis=1), len(attempts) - 1, bad.argmin(axis=1))]
+        left = bad.all(axis=1)
+        c, s, n = c[left], s[left], n[left]
     for client in np.unique(c):
         mine = c == client
         left = np.setdiff1d(np.arange(num_items, dtype=np.int64), events.items[events.owners == client])
@@ -55,7 +66,28 @@ def uniform_negatives(events: Events, num_items: int, steps: int, count: int, dr
     return chosen
 
 
-def _contains(ordered: IntArray, keys: IntArray) -> NDArray[np.bool_]:
-    if not len(ordered):
-        return np.zeros(keys.shape, dtype=bool)
-    return np.asarray(ordered[np.minimum(np.searchsorted(ordered, keys), len(ordered) - 1)] == keys)
+@dataclass(frozen=True)
+class _Touched:
+    """The items of each client of a block, as a table of bits if that is small, or else as sorted keys."""
+
+    num_items: int
+    table: NDArray[np.bool_] | None  # (C * num_items,)
+    keys: IntArray
+
+    @staticmethod
+    def of(events: Events, num_items: int) -> _Touched:
+        keys = events.owners * num_items + events.items
+        if len(events) * num_items > _LARGEST_TABLE:
+            return _Touched(num_items, None, np.sort(keys))
+        table = np.zeros(len(events) * num_items, dtype=bool)
+        table[keys] = True
+        return _Touched(num_items, table, keys)
+
+    def holds(self, owners: IntArray, items: IntArray) -> NDArray[np.bool_]:
+        """Whether each owner has touched the item; both broadcast."""
+        wanted = owners * self.num_items + items
+        if self.table is not None:
+            return np.asarray(self.table[wanted])
+        if not len(self.keys):
+            return np.zeros(wanted.shape, dtype=bool)
+        return np.asarray(self.keys[np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)] == wanted)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedtower.core.draws import Draws
-from fedtower.core.rows import localise, step_rows, sum_duplicates
+from fedtower.core.rows import distinct, localise, step_rows, sum_duplicates
 
 law = settings(deadline=None, max_examples=100)
 
@@ -85,6 +85,18 @@ def test_which_other_ids_are_there_changes_no_bit(ids: NDArray[np.int64]) -> Non
     for place, row in enumerate(distinct):
         (_, alone) = sum_duplicates(ids[ids == row], given_values[ids == row])
         np.testing.assert_array_equal(alone[0], sums[place])
+
+
+# Dense ids are marked; sparse and negative ones are sorted.
+@given(st.lists(st.one_of(st.integers(0, 7), st.integers(-3, 9), st.sampled_from([10**9, 10**12])), max_size=30))
+@law
+def test_distinct_ids_are_those_of_numpy(given_ids: list[int]) -> None:
+    ids = np.array(given_ids, dtype=np.int64)
+    found, place = distinct(ids)
+    wanted, inverse = np.unique(ids, return_inverse=True)
+    assert found.dtype == place.dtype == np.int64
+    assert found.tolist() == wanted.tolist()
+    assert place.tolist() == inverse.tolist()
 
 
 def test_nothing_sums_to_nothing() -> None:

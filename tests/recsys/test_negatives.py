@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fedtower.core.draws import Draws
 from fedtower.core.errors import DataError
 from fedtower.core.testing.promises import assert_same_bits
+from fedtower.recsys import negatives as drawing
 from fedtower.recsys.event_table import EventTable
 from fedtower.recsys.negatives import uniform_negatives
 
@@ -75,6 +76,23 @@ def test_rounds_clients_and_steps_draw_differently(population_of: PopulationOf) 
 def test_who_left_one_item_is_given_that_one(population_of: PopulationOf) -> None:
     population = population_of([[item for item in range(400) if item != 77], [5]], 400)
     assert set(negatives(population, [0], steps=2, count=20).ravel().tolist()) == {77}
+
+
+def test_a_catalogue_too_large_for_a_table_of_bits_draws_the_same(
+    population_of: PopulationOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    population = population_of([list(range(15)), [1, 2], [item for item in range(20) if item != 7]], 20)
+    small = negatives(population, [0, 2, 1], steps=3, count=30)
+    monkeypatch.setattr(drawing, "_LARGEST_TABLE", 0)
+    assert_same_bits(negatives(population, [0, 2, 1], steps=3, count=30), small)
+
+
+def test_it_is_the_first_attempt_that_is_not_refused(population_of: PopulationOf) -> None:
+    touched = np.arange(15)
+    drawn = negatives(population_of([touched.tolist()], 20), [0], steps=1, count=60)[0, 0]
+    for position, item in enumerate(drawn.tolist()):
+        attempts = (int(DRAWS.integers(20, "negatives", 1, 0, 0, position, attempt)) for attempt in range(32))
+        assert item == next(attempt for attempt in attempts if attempt not in touched)
 
 
 def test_who_touched_everything_is_refused(population_of: PopulationOf) -> None:

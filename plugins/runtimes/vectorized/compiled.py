@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fedtower.plugins.runtimes.vectorized.products import SOURCE
+
 Flat = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 _log = logging.getLogger("fedtower.vectorized")
@@ -42,7 +44,7 @@ def compiled(graph: GraphModule, example: Sequence[Tensor]) -> Flat:
                     _compile(graph, example, place)
         return _load(place)
     except Exception as error:  # whatever a compiler chain can raise: the graph itself gives the same numbers, slowly
-        _warn_once(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        _warn_once(_first_line(error))
         return plain(graph)
 
 
@@ -65,9 +67,11 @@ def cache_folder() -> Path:
 
 
 def digest(graph: GraphModule, example: Sequence[Tensor]) -> str:
-    """What a compiled step depends on: the operations, the shapes, the constants, the compiler, the processor."""
+    """What a compiled step depends on: the operations, the shapes, the constants, the compiler, the processor, and how
+    our own products are made.
+    """
     said = hashlib.sha256()
-    for part in (graph.code, torch.__version__, str(sorted(_OPTIONS.items())), _processor()):
+    for part in (graph.code, torch.__version__, str(sorted(_OPTIONS.items())), _processor(), SOURCE):
         said.update(part.encode())
     for value in example:
         said.update(f"{value.dtype}{tuple(value.shape)}{value.stride()}".encode())
@@ -89,6 +93,18 @@ def _alone(place: Path) -> Iterator[None]:
 
 
 def _compile(graph: GraphModule, example: Sequence[Tensor], place: Path) -> None:
+    """The graph as a file, with our own small products, or with the library's where the compiler does not take ours."""
+    try:
+        from fedtower.plugins.runtimes.vectorized.lowering import small_products
+
+        with small_products():
+            _build(graph, example, place)
+    except Exception as error:  # whatever a compiler chain can raise; if it is not about our products, it comes again
+        _build(graph, example, place)
+        _warn_of_products_once(_first_line(error))
+
+
+def _build(graph: GraphModule, example: Sequence[Tensor], place: Path) -> None:
     from torch._inductor import aot_compile
 
     with tempfile.TemporaryDirectory(dir=place.parent) as folder, warnings.catch_warnings():
@@ -126,3 +142,16 @@ def _warn_once(reason: str) -> None:
         "slower (a C++ compiler such as g++ is needed; runtime.compile = false says this is wanted): %s",
         reason,
     )
+
+
+@cache
+def _warn_of_products_once(reason: str) -> None:
+    _log.warning(
+        "this version of torch's compiler does not take the vectorized runtime's own matrix products, so the step is "
+        "compiled with the library's, up to twice as slow: %s",
+        reason,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

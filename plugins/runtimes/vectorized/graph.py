@@ -20,16 +20,16 @@ from fedtower.recsys.step import Step
 Tensors = Mapping[str, Tensor]
 Flat = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
-GROUPS = ("parameters", "states", "rows", "slots", "inputs", "rates")
+GROUPS = ("parameters", "states", "rows", "slots", "inputs", "rates", "out")
 
 
 @dataclass(frozen=True)
 class Lanes:
-    """What is fed to the step of K lanes, and what comes out: everything by name, with the lanes as leading axis.
+    """The memory of the step of K lanes: everything by name, with the lanes as leading axis.
 
     ``parameters`` (K, *shape), but (*shape) for those in ``common``, which all lanes have alike; ``states`` the
     optimiser's; ``rows`` (K, R, W); ``slots`` (K, *slots) places in those rows; ``inputs`` (K, *shape); ``rates``
-    the learning rates of towers and rows.
+    the learning rates of towers and rows; ``out`` is written by the step: ``losses`` (K,), and see :class:`Kind`.
     """
 
     parameters: Tensors
@@ -38,6 +38,7 @@ class Lanes:
     slots: Tensors
     inputs: Tensors
     rates: Tensors
+    out: Tensors
 
     def flat(self) -> list[Tensor]:
         """All of it in one list, in an order that depends on the names alone."""
@@ -53,8 +54,10 @@ class Lanes:
 class Kind:
     """What distinguishes one traced step from another, apart from shapes.
 
-    With ``once`` a visit is a single step from parameters that all lanes have in common, so that the optimiser's
-    state begins and ends inside it.
+    A step leaves parameters, states and rows (if they are trained) where it found them, to be found by the next one.
+    With ``once`` a visit is a single step from parameters that all lanes have in common. Then the optimiser's state
+    begins and ends inside it, and what has been learnt goes to ``out``: as ``parameters/NAME`` the deltas of common
+    parameters and what has become of a client's own, as ``rows/SOURCE`` the deltas of rows.
     """
 
     once: bool
@@ -64,22 +67,40 @@ class Kind:
 def trace(step: Step, lanes: Lanes, kind: Kind, common: frozenset[str]) -> GraphModule:
     """The step of lanes shaped like ``lanes`` as a graph of tensor operations, backward pass and optimiser included.
 
-    It gives back parameters, states (unless the visit ends with the step) and rows (if they are trained), each sorted
-    by name, and the losses ``(K,)``: in the order in which they go in.
+    It writes to its arguments, which are those of :meth:`Lanes.flat`, and gives nothing back.
     """
 
     def flat(*values: Tensor) -> list[Tensor]:
-        parameters, states, rows, losses = advance(step, lanes.like(values), kind, common)
-        groups = (parameters, {} if kind.once else states, rows)
-        out = [group[name] for group in groups for name in sorted(group)]
-        return [value.contiguous() for value in (*out, losses)]  # what comes out of one call goes into the next
+        given = lanes.like(values)
+        parameters, states, rows, losses = advance(step, given, kind, common)
+        if kind.once:
+            deltas = {f"rows/{name}": value - given.rows[name] for name, value in rows.items()}
+            for name, value in parameters.items():
+                deltas[f"parameters/{name}"] = value - given.parameters[name] if name in common else value
+            _write(given.out, deltas)
+        else:
+            _write({**given.parameters, **given.states}, {**parameters, **states})
+            _write(given.rows, rows)
+        given.out["losses"].copy_(losses)
+        return []
 
+    return as_graph(flat, lanes.flat())
+
+
+def as_graph(function: Callable[..., list[Tensor]], example: Sequence[Tensor]) -> GraphModule:
+    """A function of tensors shaped like ``example`` as a graph of operations."""
     # Fake tensors: tracing costs no arithmetic. What they leave on the nodes would clash with the compiler's own.
-    graph = make_fx(flat, tracing_mode="fake")(*lanes.flat())
+    graph = make_fx(function, tracing_mode="fake")(*example)
     for node in graph.graph.nodes:
         node.meta.pop("val", None)
         node.meta.pop("tensor_meta", None)
     return graph
+
+
+def _write(places: Tensors, values: Tensors) -> None:
+    for name, value in values.items():
+        if value is not places[name]:  # a frozen parameter comes out as it went in
+            places[name].copy_(value)
 
 
 def advance(

@@ -7,7 +7,7 @@ the block holds: the same kernels run on the same shapes, so a client's numbers 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,6 +26,7 @@ from fedtower.plugins.runtimes.vectorized.compiled import Flat, compiled, plain
 from fedtower.plugins.runtimes.vectorized.crew import Crew
 from fedtower.plugins.runtimes.vectorized.graph import Kind, Lanes, trace
 from fedtower.plugins.runtimes.vectorized.processes import hired_by
+from fedtower.plugins.runtimes.vectorized.schedule import Schedule
 from fedtower.recsys.models import Declared
 from fedtower.recsys.step import Step, make_step
 
@@ -97,62 +98,64 @@ class Cohort:
         with one_thread():
             for width, clients in by_rows(work):
                 busy = clients[work.steps[clients] > 0]
-                (self._once if plan.local.steps == 1 else self._visit)(plan, work, busy, width, result)
+                if len(busy):
+                    (self._once if plan.local.steps == 1 else self._visit)(plan, work, busy, width, result)
         return result.updates(plan, work), result.own
 
     def _once(self, plan: Plan, work: Work, clients: IntArray, width: int, result: Result) -> None:
         """Visits of one step, which all begin with the parameters of the plan."""
         kind, common = Kind(True, plan.train_rows and bool(work.rows)), frozenset(plan.parameters)
-        desk = Desk(work, self._lanes, width)
-        own = {name: np.zeros((self._lanes, *value.shape[1:]), np.float32) for name, value in work.states.items()}
-        lanes = desk.lanes({**plan.parameters, **own}, {}, plan)
-        for start in range(0, len(clients), self._lanes):
-            here = clients[start : start + self._lanes]
-            places = np.arange(len(here))
-            desk.load_batch(places, here, np.zeros(len(here), dtype=np.int64))
-            for name, values in own.items():
-                values[: len(here)] = work.states[name][here]
-            for lane, client in enumerate(here.tolist()):
-                desk.load_rows(lane, client)
-            out = self._ready_for(lanes, kind, common)(lanes.flat())
-            parameters, _, rows, losses = _named(out, lanes, kind)
-            result.keep(plan, work, places, here, parameters, rows)
-            result.losses[here] = losses[: len(here)]
+        schedule = Schedule.of(clients, np.ones(len(clients), dtype=np.int64), self._lanes)
+        desk = Desk(work, schedule, width)
+        own = {name: desk.room(value.shape[1:]) for name, value in work.states.items()}
+        learnt = {f"parameters/{name}": value.shape for name, value in plan.parameters.items()}
+        learnt |= {f"parameters/{name}": value.shape[1:] for name, value in own.items()}
+        out = {name: np.empty((len(schedule), self._lanes, *shape), np.float32) for name, shape in learnt.items()}
+        moved = {source: np.empty_like(rows) for source, rows in desk.rows.items() if kind.train_rows}
+        first = {name: value[0] for name, value in out.items()} | {f"rows/{name}": rows for name, rows in moved.items()}
+        lanes = desk.lanes({**plan.parameters, **own}, {}, plan, first)
+        run, values = self._ready_for(lanes, kind, common), lanes.flat()
+        turns = [torch.from_numpy(out[name]).unbind() if name in out else None for name in sorted(lanes.out)]
+        for turn, here in enumerate(schedule.client):
+            desk.load_batch(turn)
+            desk.load_rows(range(self._lanes), here.tolist())
+            for name, values_of in own.items():
+                values_of[:] = work.states[name][here]
+            values[-len(turns) :] = [
+                here_in if each is None else each[turn]
+                for each, here_in in zip(turns, values[-len(turns) :], strict=True)
+            ]
+            run(values)
+            busy = np.flatnonzero(schedule.busy[turn])
+            result.keep_rows(work, moved, busy, here[busy])
+            result.losses[here[busy]] = desk.losses[busy]
+        result.keep_all(
+            clients, {name.partition("/")[2]: value.reshape(-1, *value.shape[2:]) for name, value in out.items()}
+        )
 
     def _visit(self, plan: Plan, work: Work, clients: IntArray, width: int, result: Result) -> None:
         """Visits of any number of steps: a lane takes the next client when its own is done."""
-        if not len(clients):
-            return
         kind = Kind(False, plan.train_rows and bool(work.rows))
-        longest_first = clients[np.argsort(-work.steps[clients], kind="stable")]
-        desk, starts = Desk(work, self._lanes, width), Starts(self._step, plan, work)
+        schedule = Schedule.of(clients, work.steps[clients], self._lanes)
+        desk, starts = Desk(work, schedule, width), Starts(self._step, plan, work)
         parameters, states = starts.room(self._lanes)
-        lanes = desk.lanes(parameters, states, plan)
-        run, values, rows = self._ready_for(lanes, kind, frozenset()), lanes.flat(), desk.rows
-        held, at = np.full(self._lanes, -1, dtype=np.int64), np.zeros(self._lanes, dtype=np.int64)
-        taken = 0
-        while True:
-            free = np.flatnonzero(held < 0)[: len(clients) - taken]
-            for lane, client in zip(free.tolist(), longest_first[taken : taken + len(free)].tolist(), strict=True):
-                held[lane], at[lane] = client, 0
-                starts.put(parameters, states, lane, client)
-                desk.load_rows(lane, client, rows)
-            taken += len(free)
-            busy = np.flatnonzero(held >= 0)
-            if not len(busy):
-                return
-            desk.load_batch(busy, held[busy], at[busy])
-            out = run(values)
-            # What came out is what goes in next: it has the same names in the same order, and ends with the losses.
-            values[: len(out) - 1] = out[:-1]
-            parameters, states, moved, losses = _named(out, lanes, kind)
-            rows = moved or rows
-            result.losses[held[busy]] += losses[busy].astype(np.float64) / work.steps[held[busy]]
-            at[busy] += 1
-            done = busy[at[busy] == work.steps[held[busy]]]
+        lanes = desk.lanes(parameters, states, plan, {})
+        run, values = self._ready_for(lanes, kind, frozenset()), lanes.flat()
+        losses = np.zeros(schedule.client.shape)
+        for turn, here in enumerate(schedule.client):
+            begin = np.flatnonzero(schedule.busy[turn] & (schedule.step[turn] == 0))
+            if len(begin):
+                starts.put(parameters, states, begin, here[begin])
+                desk.load_rows(begin.tolist(), here[begin].tolist())
+            desk.load_batch(turn)
+            run(values)
+            losses[turn] = desk.losses
+            done = np.flatnonzero(schedule.last[turn])
             if len(done):
-                result.keep(plan, work, done, held[done], parameters, rows)
-                held[done] = -1
+                result.keep(plan, parameters, done, here[done])
+                result.keep_rows(work, desk.rows, done, here[done], before=True)
+        busy = schedule.busy
+        np.add.at(result.losses, schedule.client[busy], losses[busy] / work.steps[schedule.client[busy]])
 
     def _ready_for(self, lanes: Lanes, kind: Kind, common: frozenset[str]) -> Flat:
         """The step for lanes of these shapes."""
@@ -162,15 +165,6 @@ class Cohort:
             graph = trace(self._step, lanes, kind, common)
             self._ready[key] = compiled(graph, values) if self._compile else plain(graph)
         return self._ready[key]
-
-
-def _named(out: Sequence[Tensor], lanes: Lanes, kind: Kind) -> tuple[NamedArrays, NamedArrays, NamedArrays, FloatArray]:
-    """What a step gave back, as arrays in the same memory: parameters, states, rows, and the losses ``(K,)``."""
-    rest = iter([value.numpy() for value in out])
-    parameters = {name: next(rest) for name in sorted(lanes.parameters)}
-    states = {} if kind.once else {name: next(rest) for name in sorted(lanes.states)}
-    rows = {name: next(rest) for name in sorted(lanes.rows)} if kind.train_rows else {}
-    return parameters, states, rows, next(rest)
 
 
 @dataclass(frozen=True)
@@ -194,9 +188,7 @@ class Result:
         rows = {source: np.zeros_like(values) for source, values in work.rows.items() if plan.train_rows}
         return Result(dense, rows, {name: value.copy() for name, value in work.states.items()}, np.zeros(len(work)))
 
-    def keep(
-        self, plan: Plan, work: Work, lanes: IntArray, clients: IntArray, parameters: NamedArrays, rows: NamedArrays
-    ) -> None:
+    def keep(self, plan: Plan, parameters: NamedArrays, lanes: IntArray, clients: IntArray) -> None:
         """Take what ``clients`` have become out of their lanes."""
         for name, values in parameters.items():
             if name in self.own:
@@ -204,11 +196,30 @@ class Result:
             else:
                 for lane, client in zip(lanes.tolist(), clients.tolist(), strict=True):
                     np.subtract(values[lane], plan.parameters[name], out=self.dense[name][client, ...])
+
+    def keep_all(self, clients: IntArray, learnt: NamedArrays) -> None:
+        """Take the deltas of ``clients``, and what is their own; who comes after them in ``learnt`` is nobody."""
+        for name, values in learnt.items():
+            if name in self.own:
+                self.own[name][clients] = values[: len(clients)]
+            elif len(clients) == len(self.losses):  # everybody, in order: no need for a copy
+                self.dense[name] = values[: len(clients)]
+            else:
+                self.dense[name][clients] = values[: len(clients)]
+
+    def keep_rows(
+        self, work: Work, moved: NamedArrays, lanes: IntArray, clients: IntArray, before: bool = False
+    ) -> None:
+        """Take the deltas of the rows of ``clients``: of their lanes, less what they were ``before`` if asked to."""
         for source, delta in self.rows.items():
-            offsets, before = work.row_ids[source].offsets, work.rows[source]
+            offsets, then = work.row_ids[source].offsets.tolist(), work.rows[source]
             for lane, client in zip(lanes.tolist(), clients.tolist(), strict=True):
                 first, last = offsets[client], offsets[client + 1]
-                np.subtract(rows[source][lane, : last - first], before[first:last], out=delta[first:last])
+                now = moved[source][lane, : last - first]
+                if before:
+                    np.subtract(now, then[first:last], out=delta[first:last])
+                else:
+                    delta[first:last] = now
 
     def updates(self, plan: Plan, work: Work) -> Updates:
         """The block, as :func:`fedtower.core.runtime.as_updates` makes it."""
@@ -223,27 +234,37 @@ class Result:
 
 
 class Desk:
-    """The inputs, slots and rows that are handed to K lanes; a lane that holds nobody keeps what it had."""
+    """The inputs, slots and rows that are handed to K lanes, turn after turn."""
 
-    def __init__(self, work: Work, lanes: int, width: int) -> None:
-        self._work = work
-        self._inputs = {name: np.zeros((lanes, *value.shape[2:]), value.dtype) for name, value in work.inputs.items()}
-        self._slots = {name: np.zeros((lanes, *value.shape[2:]), np.int64) for name, value in work.slots.items()}
-        self.rows = {name: np.zeros((lanes, width, value.shape[1]), np.float32) for name, value in work.rows.items()}
+    def __init__(self, work: Work, schedule: Schedule, width: int) -> None:
+        self._work, self._schedule = work, schedule
+        self._count = schedule.client.shape[1]
+        self._inputs = {name: self.room(value.shape[2:], value.dtype) for name, value in work.inputs.items()}
+        self._slots = {name: self.room(value.shape[2:], np.int64) for name, value in work.slots.items()}
+        self._offsets = {source: needed.offsets.tolist() for source, needed in work.row_ids.items()}
+        self.rows = {name: self.room((width, value.shape[1])) for name, value in work.rows.items()}
+        self.losses = self.room(())
 
-    def load_rows(self, lane: int, client: int, rows: NamedArrays | None = None) -> None:
-        """Put a client's rows into a lane."""
-        for source, held in (rows or self.rows).items():
-            first, last = self._work.row_ids[source].offsets[client : client + 2]
-            held[lane, : last - first] = self._work.rows[source][first:last]
+    def room(self, shape: tuple[int, ...], dtype: Any = np.float32) -> NDArray[Any]:
+        """Zeros for every lane."""
+        return np.zeros((self._count, *shape), dtype)
 
-    def load_batch(self, lanes: IntArray, clients: IntArray, at: IntArray) -> None:
-        """Put the batches ``at`` of ``clients`` into ``lanes``."""
+    def load_rows(self, lanes: Iterable[int], clients: Iterable[int]) -> None:
+        """Put the rows of clients into lanes."""
+        for source, held in self.rows.items():
+            offsets, rows = self._offsets[source], self._work.rows[source]
+            for lane, client in zip(lanes, clients, strict=True):
+                first, last = offsets[client], offsets[client + 1]
+                held[lane, : last - first] = rows[first:last]
+
+    def load_batch(self, turn: int) -> None:
+        """Put the batches of a turn into the lanes."""
+        clients, steps = self._schedule.client[turn], self._schedule.step[turn]
         for held, given in ((self._inputs, self._work.inputs), (self._slots, self._work.slots)):
             for name, values in given.items():
-                _load(held[name], values, lanes, clients, at)
+                _load(held[name], values, clients, steps)
 
-    def lanes(self, parameters: Mapping[str, FloatArray], states: Mapping[str, FloatArray], plan: Plan) -> Lanes:
+    def lanes(self, parameters: NamedArrays, states: NamedArrays, plan: Plan, out: NamedArrays) -> Lanes:
         """All that a step needs: tensors in the memory of these arrays."""
         rates = {"lr": torch.tensor(plan.local.lr), "row_lr": torch.tensor(plan.local.rows_lr)}
         return Lanes(
@@ -253,18 +274,19 @@ class Desk:
             slots=_tensors(self._slots),
             inputs=_tensors(self._inputs),
             rates=rates,
+            out=_tensors({**out, "losses": self.losses}),
         )
 
 
-def _load(held: NDArray[Any], values: Any, lanes: IntArray, clients: IntArray, at: IntArray) -> None:
-    """Put ``values[clients, at]``, of an array or of a lookup, into the lanes."""
-    if isinstance(values, Lookup) and len(lanes) == len(held):
-        where = values.places[clients, at]
+def _load(held: NDArray[Any], values: Any, clients: IntArray, steps: IntArray) -> None:
+    """Put ``values[clients, steps]``, of an array or of a lookup, into the lanes."""
+    if isinstance(values, Lookup):
+        where = values.places[clients, steps]
         if where.min(initial=0) < 0 or where.max(initial=0) >= len(values.table):
             raise IndexError(f"an input looks up row {where.min()} to {where.max()} of {len(values.table)}")
         np.take(values.table, where, axis=0, out=held, mode="clip")  # in any other mode numpy makes a copy first
     else:
-        held[lanes] = values[clients, at]
+        held[...] = values[clients, steps]
 
 
 def _tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
@@ -294,13 +316,16 @@ class Starts:
         )
         return parameters, states
 
-    def put(self, parameters: NamedArrays, states: NamedArrays, lane: int, client: int) -> None:
-        """Let a client begin in a lane."""
-        # The state depends on a client only through its own parameters.
-        state = self._init(client) if self._work.states and self._state else self._state
-        for held, given in ((parameters, self._of(client)), (states, state)):
-            for name, value in given.items():
-                held[name][lane] = value
+    def put(self, parameters: NamedArrays, states: NamedArrays, lanes: IntArray, clients: IntArray) -> None:
+        """Let clients begin in lanes."""
+        for name, held in parameters.items():
+            held[lanes] = self._work.states[name][clients] if name in self._work.states else self._plan.parameters[name]
+        for name, held in states.items():
+            held[lanes] = self._state[name]
+        # The state depends on a client only through its own parameters: their start, where it is kept, is one of them.
+        for name in self._work.states:
+            if f"start/{name}" in states:
+                states[f"start/{name}"][lanes] = self._work.states[name][clients]
 
 
 def by_rows(work: Work) -> Iterator[tuple[int, IntArray]]:

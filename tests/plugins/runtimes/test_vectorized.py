@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fedtower.core.client import ClientSide, Preparing
@@ -29,7 +31,8 @@ from fedtower.plugins.runtimes.torch_loop.runtime import TorchLoop
 from fedtower.plugins.runtimes.vectorized import compiled
 from fedtower.plugins.runtimes.vectorized.crew import Crew, WorkerDied, WorkerFailed
 from fedtower.plugins.runtimes.vectorized.processes import Process
-from fedtower.plugins.runtimes.vectorized.runtime import FEWEST_ROWS, Desk, Vectorized, by_rows
+from fedtower.plugins.runtimes.vectorized.runtime import FEWEST_ROWS, Vectorized, by_rows
+from fedtower.plugins.runtimes.vectorized.schedule import Schedule
 from fedtower.recsys.testing.examples import Case, cases
 from fedtower.recsys.testing.runtime import RuntimePromises
 
@@ -128,26 +131,26 @@ def test_it_agrees_with_the_plain_loop_to_a_millionth(case: Case, runtime: Vecto
     assert_close(fast, loop, rtol=1e-6, atol=1e-6 * scale)
 
 
-def test_ragged_clients_fill_few_lanes_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = CASES["clicks"]
-    plan, work = case.plan(), case.work(clients=40)
-    inputs, slots = (
-        {name: np.tile(value, (1, 8, *[1] * (value.ndim - 2))) for name, value in each.items()}
-        for each in (work.inputs, work.slots)
-    )
-    # The longest comes last.
-    work = replace(work, steps=np.where(np.arange(40) == 39, 24, 3), inputs=inputs, slots=slots)
-    calls: list[int] = []
-    load = Desk.load_batch
+def test_ragged_clients_fill_few_lanes_in_vain() -> None:
+    steps = np.where(np.arange(40) == 39, 24, 3)  # the longest comes last
+    schedule = Schedule.of(np.arange(40), steps, lanes=8)
+    assert len(schedule) == 24, "a lane stood empty while clients waited, or the longest visit began late"
+    assert schedule.busy.sum() == steps.sum()
 
-    def counted(desk: Desk, lanes: NDArray[np.int64], clients: NDArray[np.int64], at: NDArray[np.int64]) -> None:
-        calls.append(len(lanes))
-        load(desk, lanes, clients, at)
 
-    monkeypatch.setattr(Desk, "load_batch", counted)
-    Vectorized(compile=False, lanes=8).open(case.model, plan.local).train(plan, work)
-    assert sum(calls) == work.steps.sum()
-    assert len(calls) == 24, "a lane stood empty while clients waited, or the longest visit began late"
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 8))
+def test_a_client_makes_all_its_steps_in_one_lane_in_order(given_steps: list[int], lanes: int) -> None:
+    steps = np.array(given_steps)
+    clients = np.arange(len(steps)) * 3 + 1
+    schedule = Schedule.of(clients, steps, lanes)
+    for client, count in zip(clients, steps, strict=True):
+        turn, lane = np.nonzero(schedule.busy & (schedule.client == client))
+        assert set(lane.tolist()) == {lane[0]}
+        assert np.diff(turn).tolist() == [1] * (count - 1)
+        assert schedule.step[turn, lane].tolist() == list(range(count))
+        assert schedule.last[turn, lane].tolist() == [False] * (count - 1) + [True]
+    assert schedule.busy.sum() == steps.sum()
+    assert schedule.last.sum() == len(clients)
 
 
 def test_rows_are_padded_to_few_sizes() -> None:
