@@ -176,10 +176,11 @@ def test_without_a_compiler_it_runs_and_says_why_once(
 ) -> None:
     case = CASES["clicks"]
     plan, work = case.plan(), case.work()
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
     monkeypatch.setattr(compiled, "cache_folder", lambda: tmp_path)
     compiled._warn_once.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="fedtower.vectorized"):
+    # The compiler's own way of patching its settings: pytest's would take the setting away from every later test.
+    absent = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    with absent, caplog.at_level(logging.WARNING, logger="fedtower.vectorized"):
         for _ in range(2):
             slow, _ = Vectorized().open(case.model, plan.local).train(plan, work)
     assert len(caplog.records) == 1
