@@ -33,6 +33,7 @@ Exit codes:
   8    a client's update cannot be used
   9    the model's scores are not numbers: the training diverged
   10   a signature, a certificate, a key or a token is not to be trusted
+  11   the server cannot be reached
   130  interrupted
 """
 

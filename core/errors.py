@@ -69,6 +69,12 @@ class UpdateError(FedtowerError):
     exit_code = 8
 
 
+class Unreachable(FedtowerError):
+    """The other side could not be reached, for as long as was tried."""
+
+    exit_code = 11
+
+
 class ShapeMismatch(UpdateError):
     """An array does not have the shape that the plan asked for."""
 

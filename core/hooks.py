@@ -71,6 +71,10 @@ class Deciding:
         """
 
     @hookspec(firstresult=True)
+    def device_busy(self) -> str | None:
+        """On a device: a reason not to work now (on battery, metered, in use); ``None`` has no objection."""
+
+    @hookspec(firstresult=True)
     def stop_run(self, report: RoundReport) -> str | None:
         """A reason to end the run after this round; ``None`` goes on."""
 

@@ -214,6 +214,10 @@ class Journal(Protocol):
         """What becomes of the upload: see :func:`judge`."""
         ...
 
+    def find(self, lease: bytes) -> LeaseRecord | None:
+        """A lease that was given out, and the digest of what was accepted under it; ``None`` for an unknown one."""
+        ...
+
     def accepted(self, round: int, task: Task, after: int = 0) -> Iterator[Accepted]:
         """The uploads of a window at positions beyond ``after``, in order, each checked and read when it is asked for.
 

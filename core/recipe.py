@@ -104,7 +104,7 @@ class Recipe:
     local: LocalSettings
     cohort: Part
     server: ServerSection
-    mode: Literal["simulated", "standalone"] = "simulated"
+    mode: Literal["simulated", "standalone", "deployed"] = "simulated"
     seed: int = 0
     device: str = "cpu"
     threads: int = 1
@@ -113,6 +113,8 @@ class Recipe:
     transforms: tuple[Part, ...] = ()
     aggregator: Part = field(default_factory=lambda: Part("fedavg"))
     transport: Part = field(default_factory=lambda: Part("in_process"))
+    journal: Part = field(default_factory=lambda: Part("sqlite"))
+    signer: str = "ed25519"
     checks: CheckSettings = field(default_factory=CheckSettings)
     standalone: StandaloneSettings = field(default_factory=StandaloneSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
@@ -156,6 +158,7 @@ class Recipe:
             ("aggregator", "aggregator", self.aggregator),
             ("server", "server_optimizer", self.server.part),
             ("transport", "transport", self.transport),
+            ("journal", "journal", self.journal),
             *([("index", "index", self.index)] if self.index else []),
             *((f"trackers.{i}", "tracker", part) for i, part in enumerate(self.trackers)),
         ]
@@ -191,11 +194,6 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = (), registr
 
 def parse_recipe(values: Mapping[str, Any]) -> Recipe:
     """A recipe of these values. Its keys are checked, and its parts are not: that is :func:`check`."""
-    if values.get("mode") == "deployed":
-        raise RecipeError(
-            'mode = "deployed" is not there yet: this version runs "simulated" (federated, in one process) and '
-            '"standalone" (the same model trained centrally)'
-        )
     return build(Recipe, values, path="")
 
 
@@ -206,6 +204,7 @@ def check(recipe: Recipe, registry: Registry) -> Recipe:
     that really needs it will say what is missing.
     """
     registry.restrict(Gate("the recipe's [plugins]", recipe.plugins.allow, recipe.plugins.block))
+    registry.get("signer", recipe.signer)
     values = recipe.to_dict()
     for path, kind, part in recipe.parts():
         section, _, place = path.partition(".")
@@ -248,6 +247,7 @@ SECTION_OF = {
     "aggregator": "aggregator",
     "server_optimizer": "server",
     "transport": "transport",
+    "journal": "journal",
     "index": "index",
     "tracker": "trackers",
 }

@@ -24,7 +24,7 @@ from fedtower.core.rows import RowStore
 from fedtower.core.server import PublicTraining, Schedule, ServerOptimizer, ServerState, step
 from fedtower.core.tally import RoundReport, Tally
 from fedtower.core.transform import Transform, finish
-from fedtower.core.transport import Transport
+from fedtower.core.transport import Abandoned, KeepsTime, Transport
 from fedtower.core.updates import Updates
 
 __all__ = ["Parts", "RoundReport", "run_round", "run_rounds", "stopped"]
@@ -112,9 +112,15 @@ def run_round(state: ServerState, parts: Parts) -> tuple[ServerState, RoundRepor
     tally = Tally(cohort)
     reception = Reception(plan, cohort, parts.transforms, parts.checks, parts.client, parts.hooks, tally)
     arriving = parts.transport.exchange(plan, cohort, parts.client.visit, parts.draws, deadline)
-    blocks = tally.count(reception.accepted(in_time(arriving, started, deadline, parts.clock)))
+    if not isinstance(parts.transport, KeepsTime):
+        arriving = in_time(arriving, started, deadline, parts.clock)
+    blocks = tally.count(reception.accepted(arriving))
 
-    total, memory = parts.hooks.wrap("aggregate", lambda: fold(parts.aggregator, blocks, state), round=plan.round)
+    try:
+        total, memory = parts.hooks.wrap("aggregate", lambda: fold(parts.aggregator, blocks, state), round=plan.round)
+    except Abandoned as reason:
+        parts.hooks.observe("warned", message=f"round {plan.round} was abandoned: {reason}")
+        total, memory, tally = None, state.aggregator, Tally(cohort)
     parts.client.discard()  # of those who were late
     state = account(state, tally.survivors(), parts)
     if total is None:

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedtower.core.cohort import Cohort
 from fedtower.core.draws import Draws
+from fedtower.core.errors import FedtowerError
 from fedtower.core.plan import Plan
 from fedtower.core.updates import Updates
 
 Visit = Callable[[Plan, NDArray[np.int64]], Updates]
+
+
+@runtime_checkable
+class KeepsTime(Protocol):
+    """A transport that says itself which updates came in time: those that it has acknowledged count, whenever they are
+    read.
+    """
+
+    def elapsed(self, round: int) -> float:
+        """The seconds since a round was opened."""
+        ...
+
+
+class Abandoned(FedtowerError):
+    """A round came to its end without enough updates: none of them counts. The message says how it stood."""
 
 
 class Transport(Protocol):
@@ -26,5 +42,8 @@ class Transport(Protocol):
 
         ``deadline`` is how many seconds from now on updates are of use; who waits for a network stops waiting then.
         ``None`` sets no limit.
+
+        Raises:
+            Abandoned: too few came; the round changes nothing.
         """
         ...

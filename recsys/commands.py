@@ -17,7 +17,9 @@ from fedtower.recsys.bundle import Bundle, Precision
 from fedtower.recsys.display import Display, index_in_words
 from fedtower.recsys.launch import rank_and_count
 from fedtower.recsys.report import write_report
+from fedtower.recsys.run_folder import RunFolder
 from fedtower.recsys.runlog import RunLog, RunRecord, open_run
+from fedtower.recsys.serve_command import serve_recipe
 from fedtower.recsys.units import figure, in_bytes, in_times
 
 runs_option = click.option(
@@ -53,11 +55,15 @@ def run(registry: Registry, recipe: str, overrides: tuple[str, ...], runs: Path,
     Examples:
       fedtower run dssm-synthetic
       fedtower run dssm-ml-100k -o mode=standalone
+      fedtower run dssm-ml-100k -o mode=deployed     (fedtower serve has options)
       fedtower run my.toml -o cohort.size=50 -o aggregator.name=my_median
     """
     rank, count = rank_and_count()
     if count == 1:
-        load_recipe(recipe, overrides, registry)  # a mistake is told before torch takes its seconds to load
+        loaded = load_recipe(recipe, overrides, registry)  # a mistake is told before torch takes its seconds to load
+        if loaded.mode == "deployed":
+            serve_recipe(registry, recipe, overrides, runs, verbose=verbose)
+            return
     from fedtower.recsys import run as api
 
     console = Console(highlight=False, quiet=rank > 0)
@@ -84,6 +90,9 @@ def resume(registry: Registry, folder: Path, start: int | None, verbose: bool) -
     rank, count = rank_and_count()
     if count == 1:
         open_run(folder)
+        if RunFolder.open(folder).recipe().mode == "deployed":
+            serve_recipe(registry, str(folder), (), folder.parent, verbose=verbose)
+            return
     from fedtower.recsys import run as api
 
     console = Console(highlight=False, quiet=rank > 0)

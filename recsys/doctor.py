@@ -126,8 +126,12 @@ LIBRARIES = (
     Library("protobuf", "google.protobuf", "the messages of the wire", "device"),
     Library("ray", "ray", "a simulation's workers on a cluster", "ray"),
     Library("MNN", "MNN", "the mnn runtime: training on devices", "device"),
+    Library("prometheus-client", "prometheus_client", "what a server counts", "server"),
     Library("cryptography", "cryptography", "certificates, and signatures of plans", "device"),
 )
+
+EXPORT = ("onnx", "onnxscript", "onnxruntime", "safetensors")
+WIRE = ("grpcio", "protobuf", "cryptography")
 
 FEATURES = (
     Feature("the command line, recipes and plugins", BASE),
@@ -139,8 +143,10 @@ FEATURES = (
     Feature("the tensorboard tracker", ("torch", "tensorboard")),
     Feature("the mlflow tracker", ("mlflow-skinny",)),
     Feature("the postgresql journal", ("psycopg",)),
-    Feature("export to devices, and the onnx runtime", (*TRAINING, "onnx", "onnxscript", "onnxruntime", "safetensors")),
-    Feature("certificates, enrolment and signatures", (*BASE, "grpcio", "protobuf", "cryptography")),
+    Feature("export to devices, and the onnx runtime", (*TRAINING, *EXPORT)),
+    Feature("certificates, enrolment and signatures", (*BASE, *WIRE)),
+    Feature("a server for devices: fedtower serve", (*TRAINING, *EXPORT, "MNN", *WIRE, "prometheus-client")),
+    Feature("a device: fedtower device", (*BASE, *WIRE, "MNN", "safetensors")),
     Feature("runtime.cluster: workers on a Ray cluster", (*TRAINING, "ray")),
     Feature("the mnn runtime", (*TRAINING, "onnx", "onnxscript", "MNN", "safetensors")),
 )

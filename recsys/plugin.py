@@ -50,6 +50,7 @@ COMMANDS = (
     ("recommend", "commands:recommend", "the top items for one user"),
     ("export", "device_commands:export", "write a run's model as a bundle for devices"),
     ("parity", "device_commands:parity", "compare the runtimes: do they give the same numbers?"),
+    ("serve", "serve_command:serve_command", "train a recipe over devices that call"),
     ("recipes", "commands:recipes", "list the recipes that can be run by name"),
     ("report", "report:report_command", "write one HTML page about one run or several"),
     ("data", "data_command:data", "prepare a data set and show its card"),

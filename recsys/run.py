@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,7 @@ from fedtower.recsys.run_folder import RunFolder
 from fedtower.recsys.runlog import RunLog
 from fedtower.recsys.standalone import Standalone
 from fedtower.recsys.tasks import Histories, Ranking, make_task
-from fedtower.recsys.training import Arrays, Attached, Federated, Helper, Setting, Training
+from fedtower.recsys.training import Arrays, Attached, Federated, Helper, OverDevices, Setting, Training
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
@@ -107,6 +107,8 @@ def run(
     with together() as processes:
         registry = registry or discover(folder=Path.cwd())
         recipe = load_recipe(name_or_path, _as_overrides(overrides), registry)
+        if recipe.mode == "deployed":
+            raise RecipeError('mode = "deployed" is served to devices, not run in this process: fedtower serve RECIPE')
         if recipe.mode == "simulated" and recipe.local.loss == "in_batch_softmax":
             loss_of(RANKING, recipe.local.loss)  # refuses it, before there is a folder
         if not processes.leads:
@@ -135,6 +137,8 @@ def resume(
         registry = registry or discover()
         registry.use_folder(place.path)
         recipe = place.recipe()
+        if recipe.mode == "deployed":
+            raise RecipeError(f"{place.path} is served to devices: `fedtower serve {place.path}` goes on with it")
         check(recipe, registry)
         if not processes.leads:
             return _follow(recipe, registry, processes)
@@ -144,6 +148,36 @@ def resume(
             start = place.latest_round() if start is None else start
             _train(recipe, registry, hooks, place, progress, start=start, processes=processes)
         return Run(place.path)
+
+
+def train_deployed(
+    folder: Path,
+    *,
+    observers: Iterable[object] = (),
+    progress: Callable[[str], None] = lambda message: None,
+) -> None:
+    """Train a deployed run over its devices, from its newest checkpoint if it has one, to the end.
+
+    What was accepted after that checkpoint is read from the journal again, and gives the same bits.
+    """
+    from fedtower.recsys.deployed import open_deployed
+
+    place, registry = RunFolder.open(folder), discover()
+    registry.use_folder(place.path)
+    recipe = place.recipe()
+    check(recipe, registry)
+    hooks = _hooks(recipe, registry, observers)
+    with place.locked():
+        hooks.observe("run_started", recipe=recipe, folder=place.path)
+        setting = _setting(recipe, registry, hooks, progress)
+        task = setting.task
+        hooks.observe("data_loaded", card=task.card.to_dict(), headline=task.headline)
+        training = open_deployed(setting, place)
+        try:
+            _rounds(setting, training, place, place.latest_round() if place.has_checkpoint() else None, ALONE)
+            training.finished("all rounds are done")
+        finally:
+            training.close()
 
 
 def load(
@@ -251,16 +285,21 @@ def _train(
     start: int | None,
     processes: Processes,
 ) -> None:
-    """Load, build, train to the end, judge; on the way, evaluate and save as often as the recipe says."""
+    """Load and build what the recipe says, and train it."""
     processes.tell((folder.path, recipe.to_dict()))
     setting = _setting(recipe, registry, hooks, progress, processes)
     task = setting.task
     hooks.observe("data_loaded", card=task.card.to_dict(), headline=task.headline)
-    training = _training(setting)
+    _rounds(setting, _training(setting), folder, start, processes)
+
+
+def _rounds(setting: Setting, training: Training, folder: RunFolder, start: int | None, processes: Processes) -> None:
+    """Train to the end, judge; on the way, evaluate and save as often as the recipe says."""
+    recipe, task, hooks = setting.recipe, setting.task, setting.hooks
     learned = training.learned()
     shared_bytes = sum(value.nbytes for value in learned.parameters.values())
     hooks.observe("model_built", shared_bytes=shared_bytes, table_bytes=learned.declared.table_bytes)
-    index = index_of(recipe, registry, task, training.learned())
+    index = index_of(recipe, setting.registry, task, training.learned())
     judge_every, save_every = _pace(recipe, recipe.evaluation.every), _pace(recipe, recipe.checkpoint.every)
     last = saved = 0
     _restore(training, processes, None if start is None else _state(folder, start))
@@ -271,13 +310,12 @@ def _train(
         for report in training.rounds():
             last = report.round
             if _is_due(last, judge_every) and task.has_validation:
-                evaluation = task.judge(training.learned(), "validation")
-                hooks.observe("evaluated", round=last, subject="model", evaluation=evaluation)
+                hooks.observe("evaluated", round=last, subject="model", evaluation=_judged(setting, training, last))
             if _is_due(last, save_every):
                 saved = _save(training, folder, last, recipe, hooks)
         if saved != last:
             _save(training, folder, last, recipe, hooks)
-        for subject, evaluation in task.final(training.learned()):
+        for subject, evaluation in _final(setting, training, last):
             hooks.observe("evaluated", round=last, subject=subject, evaluation=evaluation)
         if index is not None and isinstance(task, Histories):
             searched, figures = index.build(task, training.learned(), setting.clock)
@@ -324,6 +362,8 @@ def _save(training: Training, folder: RunFolder, round: int, recipe: Recipe, hoo
     state, attachments = training.snapshot(), training.attachments()
     path = write_checkpoint(folder.checkpoints, round, state, recipe.checkpoint.keep, attachments)
     hooks.observe("checkpoint_written", round=round, path=path)
+    if isinstance(training, OverDevices):
+        training.saved(round)
     return round
 
 
@@ -353,6 +393,21 @@ def _setting(
 
 def _training(setting: Setting) -> Training:
     return Standalone(setting) if setting.recipe.mode == "standalone" else Federated(setting)
+
+
+def _judged(setting: Setting, training: Training, round: int) -> Evaluation:
+    """What the model reaches on the validation items, which the devices have if there are any."""
+    if isinstance(training, OverDevices):
+        return training.judge("validation", round)
+    return setting.task.judge(training.learned(), "validation")
+
+
+def _final(setting: Setting, training: Training, round: int) -> Iterator[tuple[str, Evaluation]]:
+    """The final figures, beside a baseline's where the data is here."""
+    if isinstance(training, OverDevices):
+        yield "model", training.judge("test", round + 1)
+    else:
+        yield from setting.task.final(training.learned())
 
 
 def _hooks(recipe: Recipe, registry: Registry, observers: Iterable[object]) -> Hooks:

@@ -27,6 +27,28 @@ from fedtower.core.registry import Registry
 _LIBRARIES = ("fedtower", "numpy", "pandas", "torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu")
 
 
+FEDERATION = "federation.json"
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What devices know a deployed run by: its federation's name, its own, and the folder of keys that they pin."""
+
+    name: str
+    run: str
+    keys: Path
+
+    @property
+    def signing_key(self) -> Path:
+        """The private key that plans are signed with."""
+        return self.keys / "signing.pem"
+
+    @property
+    def credentials(self) -> Path:
+        """Who may take part."""
+        return self.keys / "credentials.sqlite"
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """``runs/NAME-N``: recipe.toml, environment.json, log.jsonl, checkpoints/, fedtower_plugins.py if the recipe had
@@ -84,6 +106,25 @@ class RunFolder:
         """Where the checkpoints are."""
         return self.path / "checkpoints"
 
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to go on from."""
+        return bool(list_checkpoints(self.checkpoints))
+
+    def federation(self) -> Federation:
+        """The federation that this run is served as.
+
+        Raises:
+            CheckpointError: it never was.
+        """
+        try:
+            values = json.loads((self.path / FEDERATION).read_text(encoding="utf-8"))
+            return Federation(str(values["name"]), str(values["run"]), Path(values["keys"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.path} was not served to devices: there is no {FEDERATION} that can be read ({error}); "
+                f"`fedtower serve RECIPE` makes such a run"
+            ) from error
+
     @property
     def index(self) -> Path:
         """Where the index of its items is, named for the round of its model."""
@@ -124,14 +165,25 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run, so that nobody else trains it at the same time; a killed process lets go by itself."""
+        with self._held(".lock", "trained"):
+            yield
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Hold the run, so that nobody else serves it at the same time."""
+        with self._held(".serving", "served"):
+            yield
+
+    @contextmanager
+    def _held(self, name: str, done: str) -> Iterator[None]:
         with storage_errors(self.path):
-            handle = (self.path / ".lock").open("w")
+            handle = (self.path / name).open("w")
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise CheckpointError(
-                    f"{self.path} is being trained by another process; wait for it, or end it"
+                    f"{self.path} is being {done} by another process; wait for it, or end it"
                 ) from error
             yield
 

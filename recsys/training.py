@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from fedtower.core.registry import Registry
 from fedtower.core.round import Parts, RoundReport, make_plan, run_rounds
 from fedtower.core.server import Schedule, ServerState
 from fedtower.core.store import ClientStore
+from fedtower.recsys.evaluation import Evaluation, Role
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.models import Declared
 from fedtower.recsys.processes import ALONE, Processes
@@ -69,6 +70,23 @@ class Training(Protocol):
 
     def restore(self, arrays: Arrays, attached: Attached = NOTHING) -> None:
         """Continue from a snapshot and what was attached to it."""
+        ...
+
+
+@runtime_checkable
+class OverDevices(Protocol):
+    """A training whose clients are devices: they hold the data, and so they judge."""
+
+    def judge(self, role: Role, round: int) -> Evaluation:
+        """What the devices say of the model as it stands; ``round`` names the window in which they are asked."""
+        ...
+
+    def saved(self, round: int) -> None:
+        """A checkpoint holds the state after a round."""
+        ...
+
+    def finished(self, reason: str) -> None:
+        """There will be no more rounds."""
         ...
 
 

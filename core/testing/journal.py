@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from fedtower.core.journal import (
     Journal,
     JournalFactory,
     Lease,
+    LeaseRecord,
     Outcome,
     RoundRecord,
     State,
@@ -206,6 +208,15 @@ class JournalPromises(Promises):
         assert journal.lease(1, "train", 7, 60.0).result() is None
         assert sent(journal, leased(journal, task="evaluate"), b"figures") is Outcome.ACCEPTED
         assert payloads(journal, task="evaluate") == [b"figures"]
+
+    def test_a_lease_is_found_with_what_was_accepted_under_it(self, journal: Journal) -> None:
+        given = leased(journal)
+        assert journal.find(given.id) == LeaseRecord(given)
+        sent(journal, given, b"an update")
+        found = journal.find(given.id)
+        assert found is not None
+        assert found.digest == hashlib.sha256(b"an update").digest()
+        assert journal.find(bytes(16)) is None
 
     def test_a_window_that_is_not_open_gives_no_lease(self, journal: Journal) -> None:
         assert journal.lease(2, "train", 7, 60.0).result() is None

@@ -646,6 +646,7 @@ class Plan(_message.Message):
     TRANSFORMS_FIELD_NUMBER: _builtins.int
     NORM_BOUND_FIELD_NUMBER: _builtins.int
     EVALUATION_JSON_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
     protocol: _builtins.int
     round: _builtins.int
@@ -660,6 +661,8 @@ class Plan(_message.Message):
     """of an update's l2 norm; 0: none"""
     evaluation_json: _builtins.str
     """the protocol of an evaluate lease, a JSON object; at most 64 KiB"""
+    run: _builtins.str
+    """one training, from its first round to its last: what a device keeps of its own belongs to it"""
     @_builtins.property
     def bundle(self) -> Global___Artefact:
         """the bundle's manifest; it names the digests of its files again"""
@@ -699,10 +702,11 @@ class Plan(_message.Message):
         transforms: _abc.Iterable[Global___Part] | None = ...,
         norm_bound: _builtins.float = ...,
         evaluation_json: _builtins.str = ...,
+        run: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "evaluation_json", b"evaluation_json", "federation", b"federation", "files", b"files", "local_json", b"local_json", "model", b"model", "norm_bound", b"norm_bound", "parameters", b"parameters", "protocol", b"protocol", "round", b"round", "rows", b"rows", "seed", b"seed", "train_rows", b"train_rows", "transforms", b"transforms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "evaluation_json", b"evaluation_json", "federation", b"federation", "files", b"files", "local_json", b"local_json", "model", b"model", "norm_bound", b"norm_bound", "parameters", b"parameters", "protocol", b"protocol", "round", b"round", "rows", b"rows", "run", b"run", "seed", b"seed", "train_rows", b"train_rows", "transforms", b"transforms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

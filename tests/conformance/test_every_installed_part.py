@@ -11,7 +11,7 @@ REGISTRY = discover()
 
 HOW_MANY = {
     "aggregator": 1,
-    "command": 14,
+    "command": 17,
     "dataset": 6,
     "exporter": 2,
     "journal": 2,
@@ -24,7 +24,7 @@ HOW_MANY = {
     "signer": 1,
     "tracker": 3,
     "transform": 1,
-    "transport": 1,
+    "transport": 2,
 }
 
 

@@ -73,7 +73,7 @@ def test_loading_writes_out_the_settings_of_every_part(tmp_path: Path, registry:
         ("rounds=many", "rounds must be int, but is 'many'"),
         ("rounds=0", "rounds must be at least 1, but is 0"),
         ("evaluation.k=[]", r"evaluation\.k must be list lengths"),
-        ("mode=deployed", '"deployed" is not there yet: this version runs "simulated"'),
+        ("signer=wax", "no plugin offers the signer 'wax'"),
         ("mode=standalon", "did you mean 'standalone'"),
         ("rounds", "an override is key=value"),
         ("=3", "an override is key=value"),

@@ -18,7 +18,7 @@ NOT_ON_A_DEVICE = HEAVY | {"click", "rich"}
 # The floor of recsys that devices stand on too.
 STARRED = (
     *("vocabulary", "history", "batches", "negatives", "metrics", "evaluation"),
-    *("bundle", "device", "engine", "reranking", "visits"),
+    *("bundle", "device", "engine", "reranking", "visits", "shards", "on_device", "line"),
 )
 
 # The wire, the signer, and what a device and a server without torch have of the transport.
@@ -29,7 +29,7 @@ WIRE = (
         f"fedtower.plugins.transports.grpc.{name}"
         for name in (
             *("artefacts", "bounds", "codec", "credentials", "enrolment", "interceptors"),
-            *("plans", "rates", "refusals", "tensors", "tls"),
+            *("plans", "rates", "refusals", "tensors", "tls", "serve", "device"),
         )
     ),
 )

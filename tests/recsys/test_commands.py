@@ -54,8 +54,9 @@ def test_run_tells_what_it_does_and_what_to_do_next(run_root: Path, typed: Typed
     assert "sampled, 99 negatives" in model
     assert "sampled, 99 negatives" in popularity
     lines = out.splitlines()
-    assert re.fullmatch(r"down:   [\d.]+ kB a client and visit; with the whole tables [\d.]+ times as much", lines[-3])
-    assert len(lines[-3]) <= 80
+    assert re.fullmatch(r"down:   [\d.]+ kB a client and visit; with the whole tables [\d.]+ times as much", lines[-4])
+    assert len(lines[-4]) <= 80
+    assert lines[-3].startswith("index:  exact, 200 items: recall@10 1.000")
     assert lines[-2] == "report: runs/dssm-synthetic-1/report.html"
     assert lines[-1].startswith("next:   fedtower run runs/dssm-synthetic-1/recipe.toml -o mode=standalone")
     assert (run_root / "runs/dssm-synthetic-1/report.html").stat().st_size > 10_000

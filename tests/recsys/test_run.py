@@ -203,8 +203,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         fedtower.resume(tmp_path)
 
 
-def test_deployed_is_refused_with_what_there_is(run_root: Path) -> None:
-    with pytest.raises(RecipeError, match=r'"deployed" is not there yet.*"simulated".*"standalone"'):
+def test_deployed_is_served_and_not_run_in_this_process(run_root: Path) -> None:
+    with pytest.raises(RecipeError, match=r'"deployed" is served to devices.*fedtower serve'):
         fedtower.run("dssm-synthetic", {"mode": "deployed"})
 
 

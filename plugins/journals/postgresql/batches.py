@@ -39,7 +39,7 @@ def read_batch(orders: Sequence[Order], cursor: Cursor, now: Instant) -> Batch[U
     rounds = _lock(windows, cursor)
     leases: list[LeaseRecord] = []
     if named:
-        leases += _leases(cursor.execute(f"SELECT {LEASE} FROM leases WHERE id = ANY(%s)", (named,)))
+        leases += find_leases(cursor, named)
     if grants:
         asked = [(order.round, order.task, order.client) for order in grants]
         found = cursor.execute(
@@ -91,6 +91,11 @@ def _lock(windows: set[Window], cursor: Cursor) -> dict[Window, RoundRecord]:
     )
     records = [RoundRecord(*row) for row in found]
     return {(record.round, record.task): record for record in records}
+
+
+def find_leases(cursor: Cursor, named: list[bytes]) -> list[LeaseRecord]:
+    """The leases of these ids, as far as there are such."""
+    return _leases(cursor.execute(f"SELECT {LEASE} FROM leases WHERE id = ANY(%s)", (named,)))
 
 
 def _leases(rows: Iterable[tuple[Any, ...]]) -> list[LeaseRecord]:

@@ -23,6 +23,7 @@ from fedtower.core.journal import (
     DamagedRecord,
     Instant,
     Lease,
+    LeaseRecord,
     Outcome,
     RoundRecord,
     State,
@@ -35,7 +36,7 @@ from fedtower.core.journal import (
     check_retirable,
     unknown_window,
 )
-from fedtower.plugins.journals.postgresql.batches import ROUND, Order, commit
+from fedtower.plugins.journals.postgresql.batches import ROUND, Order, commit, find_leases
 from fedtower.plugins.journals.postgresql.database import Cursor, Database, one
 
 
@@ -135,6 +136,11 @@ class PostgreSQLJournal:
     def accept(self, upload: Upload) -> Future[Outcome]:
         """What becomes of the upload, when it is durable."""
         return cast("Future[Outcome]", self._orders.submit(upload, upload.nbytes))
+
+    def find(self, lease: bytes) -> LeaseRecord | None:
+        """A lease by its id."""
+        found = self._reader.transaction(lambda cursor: find_leases(cursor, [lease]))
+        return found[0] if found else None
 
     def accepted(self, round: int, task: Task, after: int = 0) -> Iterator[Accepted]:
         """The uploads of a window, each read when it is asked for."""

@@ -24,6 +24,7 @@ from fedtower.core.journal import (
     Clock,
     DamagedRecord,
     Lease,
+    LeaseRecord,
     Outcome,
     RoundRecord,
     State,
@@ -36,7 +37,7 @@ from fedtower.core.journal import (
     since_boot,
 )
 from fedtower.plugins.journals.sqlite.batches import Order, Placed, Prepared, commit, prepare
-from fedtower.plugins.journals.sqlite.index import Index
+from fedtower.plugins.journals.sqlite.index import LEASE, Index, lease_record
 from fedtower.plugins.journals.sqlite.retention import tidy, unused
 from fedtower.plugins.journals.sqlite.segments import ADVICE, Place, Segment, read_payload, segment_path, sync_folder
 from fedtower.plugins.journals.sqlite.windows import check_epoch_in, find_round, get_round, rounds_in
@@ -138,6 +139,12 @@ class SQLiteJournal:
     def accept(self, upload: Upload) -> Future[Outcome]:
         """What becomes of the upload, when it is durable."""
         return cast("Future[Outcome]", self._orders.submit(upload, upload.nbytes))
+
+    def find(self, lease: bytes) -> LeaseRecord | None:
+        """A lease by its id."""
+        with self._reader.read() as connection:
+            row = connection.execute(f"SELECT {LEASE} FROM leases WHERE id = ?", (lease,)).fetchone()
+        return None if row is None else lease_record(row)
 
     def accepted(self, round: int, task: Task, after: int = 0) -> Iterator[Accepted]:
         """The uploads of a window, each read when it is asked for."""

@@ -63,6 +63,7 @@ class PublishedPlan:
     transforms: tuple[Part, ...] = ()
     norm_bound: float = 0.0
     evaluation: Mapping[str, Any] = field(default_factory=dict)
+    run: str = ""
 
     @property
     def model(self) -> bytes:
@@ -127,6 +128,7 @@ def encode_plan(plan: PublishedPlan) -> bytes:
         transforms=[pb.Part(name=each.name, settings_json=_to_json(each.settings)) for each in plan.transforms],
         norm_bound=plan.norm_bound,
         evaluation_json=_to_json(plan.evaluation),
+        run=plan.run,
     )
     return message.SerializeToString(deterministic=True)
 
@@ -162,6 +164,7 @@ def decode_plan(data: bytes) -> PublishedPlan:
         ),
         norm_bound=message.norm_bound,
         evaluation=_from_json(message.evaluation_json),
+        run=message.run,
     )
     if message.model != plan.model:
         raise Refused(Reason.CORRUPT, f"{_WHOSE} sent a plan whose model is not the one that its artefacts make")

@@ -1,0 +1,349 @@
+"""Intake: what the public port answers to devices: leases, artefacts, rows, and uploads that are checked and kept.
+
+An intake holds nothing that matters. It may be killed at any moment, and others may run beside it: what is true is in
+the journal and in the files of the windows. Who calls has been found out before a method here is called.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from fedtower.core.journal import Journal, Lease, Outcome, RoundRecord, Task, Upload
+from fedtower.core.registry import Registry
+from fedtower.plugins.transports.grpc.artefact_store import ArtefactStore
+from fedtower.plugins.transports.grpc.bounds import parse
+from fedtower.plugins.transports.grpc.checks import Expected, expected_of, refuse_unfit
+from fedtower.plugins.transports.grpc.codec import decode_submission, refuse_other_protocol
+from fedtower.plugins.transports.grpc.leased import LeasedRows
+from fedtower.plugins.transports.grpc.meters import Meters
+from fedtower.plugins.transports.grpc.presence import Presence
+from fedtower.plugins.transports.grpc.refusals import Reason, Refused
+from fedtower.plugins.transports.grpc.rows import ids_of
+from fedtower.plugins.transports.grpc.staging import Staging
+from fedtower.plugins.transports.grpc.windows import Window, read_window
+from fedtower.protos.v1 import federation_pb2 as pb
+
+Result = TypeVar("Result")
+
+CHUNK_BYTES = 256 << 10
+_LOOK_SECONDS = 0.05  # how old what is known of the windows may be
+_TASKS: Mapping[str, pb.Task.ValueType] = {"train": pb.TASK_TRAIN, "evaluate": pb.TASK_EVALUATE}
+_NAMES: Mapping[int, Task] = {pb.TASK_TRAIN: "train", pb.TASK_EVALUATE: "evaluate"}
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls: the device, as its credentials say, and the client that it is."""
+
+    device: str
+    client: int
+
+    @property
+    def whose(self) -> str:
+        """The caller, as an error names it."""
+        return f"client {self.client} (device {self.device})"
+
+
+class RowsLine(Protocol):
+    """Asks the table process for rows: a serialised FetchRowsRequest, and serialised RowsChunks."""
+
+    def __call__(self, request: bytes) -> AsyncIterator[bytes]:
+        """The chunks. Raises RowsAway while there is no table process."""
+        ...
+
+
+class RowsAway(Exception):
+    """The table process does not answer; it is being started again."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one intake takes at most."""
+
+    upload_bytes: int = 256 << 20
+    memory_bytes: int = 64 << 20
+    come_back_seconds: float = 2.0
+    presence_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
+class Open:
+    """A window that is open, as the intake uses it."""
+
+    window: Window
+    expected: Expected
+
+
+@dataclass
+class Intake:
+    """Answers to calls. Messages come and go as bytes."""
+
+    folder: Path
+    federation: str
+    journal: Journal
+    rows: RowsLine
+    meters: Meters
+    registry: Registry
+    limits: Limits = field(default_factory=Limits)
+    log: Callable[[str, Mapping[str, Any]], None] = lambda word, values: None
+    _records: list[RoundRecord] = field(default_factory=list, repr=False)
+    _looked: float = field(default=-1.0, repr=False)
+    _open: dict[tuple[int, Task], Open] = field(default_factory=dict, repr=False)
+    _leases: dict[bytes, tuple[int, Task, int]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.artefacts = ArtefactStore(self.folder / "artefacts")
+        self.presence = Presence(self.folder / "present")
+        self.staging = Staging(self.folder / "staging", self.limits.upload_bytes)
+        self.leased = LeasedRows(self.folder / "leased")
+        self._memory = _Room(self.limits.memory_bytes)
+
+    async def check_in(self, caller: Caller, data: bytes) -> pb.CheckInReply:
+        """A lease, or when to come back."""
+        request = parse(pb.CheckInRequest, data, whose=caller.whose)
+        refuse_other_protocol(request.protocol, caller.whose)
+        if request.federation and request.federation != self.federation:
+            raise Refused(
+                Reason.OTHER_FEDERATION,
+                f"{caller.whose} belongs to the federation {request.federation!r}, and this is {self.federation!r}; "
+                f"enrol again",
+            )
+        self.presence.saw(caller.client)
+        finished = self.finished()
+        if finished:
+            return pb.CheckInReply(finished=pb.Finished(reason=finished))
+        wanted = {_NAMES[task] for task in request.tasks if task in _NAMES} or {"train", "evaluate"}
+        for window in self._windows():
+            if window.task in wanted and window.includes(caller.client):
+                lease = await self._durable(
+                    self.journal.lease(window.round, window.task, caller.client, window.lease_seconds)
+                )
+                if lease is not None:
+                    self.meters.leased(window.task)
+                    return pb.CheckInReply(lease=_lease_message(lease, window, self._seconds_left(lease, window)))
+        return pb.CheckInReply(come_back=pb.ComeBack(seconds=self._pause(), reason="there is nothing to do now"))
+
+    async def fetch(self, caller: Caller, data: bytes) -> AsyncIterator[pb.Chunk]:
+        """An artefact in chunks."""
+        request = parse(pb.FetchRequest, data, whose=caller.whose)
+        self._lease_of(caller, request.lease)
+        path = self.artefacts.path(request.digest)
+        if len(request.digest) != 32 or not path.is_file():
+            raise Refused(
+                Reason.UNKNOWN_ARTEFACT,
+                f"{caller.whose} asked for an artefact {request.digest.hex()[:16]!r} that is not here",
+            )
+        with path.open("rb") as file:
+            file.seek(request.offset)
+            while block := file.read(CHUNK_BYTES):
+                self.meters.sent(len(block))
+                yield pb.Chunk(data=block)
+
+    async def fetch_rows(self, caller: Caller, data: bytes) -> AsyncIterator[bytes]:
+        """Rows, as serialised RowsChunks: passed on from the table process unread."""
+        request = parse(pb.FetchRowsRequest, data, whose=caller.whose)
+        round, task = self._lease_of(caller, request.lease)
+        source = self._expected(round, task, caller).rows.get(request.source)
+        ids = ids_of(request, caller.whose)
+        if source is None or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < source.num_rows):
+            raise Refused(
+                Reason.ROW_NOT_LEASED,
+                f"{caller.whose} asked for rows of {request.source!r} that there are not; ids go from 0 to "
+                f"{-1 if source is None else source.num_rows - 1}",
+            )
+        self.leased.note(request.lease, request.source, ids)
+        try:
+            async for chunk in self.rows(data):
+                self.meters.sent(len(chunk))
+                yield chunk
+        except RowsAway:
+            pause = pb.ComeBack(seconds=self.limits.come_back_seconds, reason="rows are coming back")
+            yield pb.RowsChunk(come_back=pause).SerializeToString()
+
+    async def heartbeat(self, caller: Caller, data: bytes) -> pb.HeartbeatReply:
+        """More time for a lease."""
+        request = parse(pb.HeartbeatRequest, data, whose=caller.whose)
+        round, task = self._lease_of(caller, request.lease)
+        self.presence.saw(caller.client)
+        window = self._expected(round, task, caller).window
+        lease = await self._durable(self.journal.renew(request.lease, window.lease_seconds))
+        if lease is None:
+            raise Refused(Reason.LATE, f"the lease of {caller.whose} in round {round} has run out")
+        return pb.HeartbeatReply(alive=pb.Alive(seconds_left=self._seconds_left(lease, window)))
+
+    async def resume(self, caller: Caller, data: bytes) -> pb.ResumeReply:
+        """How much of an upload is here."""
+        request = parse(pb.ResumeRequest, data, whose=caller.whose)
+        if len(request.digest) != 32:
+            raise Refused(Reason.CORRUPT, f"{caller.whose} named a digest of {len(request.digest)} bytes; it has 32")
+        self._lease_of(caller, request.lease)
+        return pb.ResumeReply(held=pb.Held(offset=self.staging.held(request.lease, request.digest)))
+
+    async def submit(self, caller: Caller, parts: AsyncIterator[bytes]) -> pb.SubmitReply:
+        """An upload: received, checked, made durable, and only then acknowledged."""
+        header = await self._header(caller, parts)
+        round, task = self._lease_of(caller, header.lease)
+        async with self._memory.room(header.size):
+            payload = await self.staging.receive(header, caller.whose, _data_of(parts, caller.whose))
+            self.meters.received(len(payload))
+            await asyncio.to_thread(self._check, caller, round, task, header, payload)
+            try:
+                outcome = await self._durable(self.journal.accept(Upload(header.lease, header.digest, (payload,))))
+            finally:
+                self.staging.forget(header.lease, header.digest)
+        _refuse_outcome(outcome, caller, round)
+        self.meters.acknowledged(task, duplicate=outcome is Outcome.DUPLICATE)
+        return pb.SubmitReply(acknowledged=pb.Acknowledged(duplicate=outcome is Outcome.DUPLICATE))
+
+    def said(self, word: str, **values: Any) -> None:
+        """Write to the log."""
+        self.log(word, values)
+
+    def finished(self) -> str:
+        """Why there will be no more rounds, if so."""
+        path = self.folder / "finished"
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+    async def _header(self, caller: Caller, parts: AsyncIterator[bytes]) -> pb.SubmitHeader:
+        try:
+            first = parse(pb.SubmitPart, await anext(parts), whose=caller.whose)
+        except StopAsyncIteration:
+            raise Refused(Reason.TRUNCATED, f"{caller.whose} submitted nothing") from None
+        header = first.header
+        if first.WhichOneof("part") != "header" or len(header.digest) != 32 or len(header.lease) != 16:
+            raise Refused(Reason.CORRUPT, f"an upload of {caller.whose} begins without a header")
+        if header.size > self.limits.upload_bytes or header.offset > header.size:
+            raise Refused(
+                Reason.TOO_LARGE,
+                f"{caller.whose} announced an update of {header.size:,} bytes from {header.offset:,} on; the limit is "
+                f"{self.limits.upload_bytes:,}",
+            )
+        return header
+
+    def _check(self, caller: Caller, round: int, task: Task, header: pb.SubmitHeader, payload: bytes) -> None:
+        """Raise Refused unless these bytes may count; a round that is over is the journal's matter."""
+        if hashlib.sha256(payload).digest() != header.digest:
+            raise Refused(Reason.CORRUPT, f"an update of {caller.whose} is not what its digest says; send it again")
+        submission = decode_submission(payload, caller.client, most_bytes=self.limits.upload_bytes)
+        expected = self._open.get((round, task))
+        if expected is not None:
+            refuse_unfit(submission, expected.expected, header.lease, caller, self.leased.of(header.lease))
+
+    def _lease_of(self, caller: Caller, lease: bytes) -> tuple[int, Task]:
+        """The round and task of a lease. Raises Refused for one that is not the caller's."""
+        held = self._leases.get(lease) or self._found(lease)
+        if held is None or held[2] != caller.client:
+            raise Refused(
+                Reason.UNKNOWN_LEASE, f"{caller.whose} has no lease {lease.hex()[:16]!r} here; check in to be given one"
+            )
+        return held[0], held[1]
+
+    def _found(self, lease: bytes) -> tuple[int, Task, int] | None:
+        """A lease that this process has not seen before: given by another intake, or before a kill."""
+        record = self.journal.find(lease)
+        if record is None:
+            return None
+        self._leases[lease] = (record.lease.round, record.lease.task, record.lease.client)
+        return self._leases[lease]
+
+    def _expected(self, round: int, task: Task, caller: Caller) -> Expected:
+        self._windows()
+        held = self._open.get((round, task))
+        if held is None:
+            raise Refused(
+                Reason.ROUND_CLOSED, f"round {round} ({task}) waits for nothing more; {caller.whose} may check in again"
+            )
+        return held.expected
+
+    def _windows(self) -> list[Window]:
+        """The windows that are open, as they stood at most 50 ms ago."""
+        now = asyncio.get_running_loop().time()
+        if now - self._looked > _LOOK_SECONDS:
+            self._looked = now
+            self._records = self.journal.rounds()
+            self.presence.write(within_seconds=self.limits.presence_seconds)
+            wanted = {(record.round, record.task) for record in self._records if record.state == "open"}
+            for gone in self._open.keys() - wanted:
+                del self._open[gone]
+                self._leases = {lease: held for lease, held in self._leases.items() if held[:2] != gone}
+            for round, task in wanted - self._open.keys():
+                window = read_window(self.folder / "windows", round, task)
+                if window is not None:
+                    self._open[round, task] = Open(
+                        window, expected_of(window, self.artefacts, self.federation, self.registry)
+                    )
+            self.meters.windows(self._records)
+        return [self._open[key].window for key in sorted(self._open)]
+
+    async def _durable(self, promised: Future[Result]) -> Result:
+        """What the journal says, once it is on the disk."""
+        return await asyncio.wrap_future(promised)
+
+    def _seconds_left(self, lease: Lease, window: Window) -> float:
+        """How long a lease lives; a journal elsewhere has a clock of its own, and its leases are as long as any."""
+        now = self.presence.clock()
+        return lease.seconds_left(now) if lease.expires.boot == now.boot else window.lease_seconds
+
+    def _pause(self) -> float:
+        return self.limits.come_back_seconds
+
+
+class _Room:
+    """Memory for uploads: who does not fit waits, so that many large ones do not come to lie beside one another."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._used = size, 0
+        self._freed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def room(self, wanted: int) -> AsyncIterator[None]:
+        """Room for so many bytes; one that is larger than all of it has it alone."""
+        async with self._freed:
+            await self._freed.wait_for(lambda: self._used == 0 or self._used + wanted <= self._size)
+            self._used += wanted
+        try:
+            yield
+        finally:
+            async with self._freed:
+                self._used -= wanted
+                self._freed.notify_all()
+
+
+def _lease_message(lease: Lease, window: Window, seconds_left: float) -> pb.Lease:
+    return pb.Lease(
+        lease=lease.id,
+        task=_TASKS[lease.task],
+        round=lease.round,
+        client=lease.client,
+        plan=window.plan,
+        heartbeat_seconds=window.heartbeat_seconds,
+        seconds_left=seconds_left,
+    )
+
+
+async def _data_of(parts: AsyncIterator[bytes], whose: str) -> AsyncIterator[bytes]:
+    async for data in parts:
+        part = parse(pb.SubmitPart, data, whose=whose)
+        if part.WhichOneof("part") != "data":
+            raise Refused(Reason.CORRUPT, f"an upload of {whose} has a second header")
+        yield part.data
+
+
+def _refuse_outcome(outcome: Outcome, caller: Caller, round: int) -> None:
+    """Raise Refused for an upload that the journal did not take."""
+    if outcome is Outcome.CONFLICT:
+        raise Refused(
+            Reason.CONFLICTING,
+            f"another update of {caller.whose} was accepted for round {round}; this one does not count",
+        )
+    if outcome is Outcome.LATE:
+        raise Refused(Reason.LATE, f"the update of {caller.whose} for round {round} came when nobody waited any more")
+    if outcome is Outcome.UNKNOWN:
+        raise Refused(Reason.UNKNOWN_LEASE, f"{caller.whose} submitted under a lease that was not given out here")

@@ -1,0 +1,56 @@
+"""Meters: what an intake counts, for Prometheus and for the status page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from fedtower.core.journal import RoundRecord, Task
+from fedtower.plugins.transports.grpc.refusals import Reason
+
+
+class Meters:
+    """Counters of one process; ``registry`` is what a scrape reads."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        of = self.registry
+        self._leases = Counter("fedtower_leases", "Leases given out", ["task"], registry=of)
+        self._uploads = Counter("fedtower_uploads", "Updates acknowledged", ["task", "duplicate"], registry=of)
+        self._refusals = Counter("fedtower_refusals", "Calls and updates refused", ["reason"], registry=of)
+        self._received = Counter("fedtower_received_bytes", "Bytes of updates that came in whole", registry=of)
+        self._sent = Counter("fedtower_sent_bytes", "Bytes of artefacts and rows sent", registry=of)
+        self._calls = Histogram("fedtower_call_seconds", "Seconds until a call was answered", ["call"], registry=of)
+        self._round = Gauge("fedtower_round", "The newest round", ["task"], registry=of)
+        self._accepted = Gauge("fedtower_round_updates", "Updates accepted in the newest round", ["task"], registry=of)
+
+    def leased(self, task: Task) -> None:
+        """A lease was given out."""
+        self._leases.labels(task).inc()
+
+    def acknowledged(self, task: Task, *, duplicate: bool) -> None:
+        """An update is durable."""
+        self._uploads.labels(task, str(duplicate).lower()).inc()
+
+    def refused(self, reason: Reason) -> None:
+        """Something was refused."""
+        self._refusals.labels(reason.name.lower()).inc()
+
+    def received(self, count: int) -> None:
+        """Bytes came."""
+        self._received.inc(count)
+
+    def sent(self, count: int) -> None:
+        """Bytes went."""
+        self._sent.inc(count)
+
+    def answered(self, call: str, seconds: float) -> None:
+        """A call was answered."""
+        self._calls.labels(call).observe(seconds)
+
+    def windows(self, records: Sequence[RoundRecord]) -> None:
+        """How far the rounds are."""
+        for record in records:
+            self._round.labels(record.task).set(record.round)
+            self._accepted.labels(record.task).set(record.accepted)

@@ -1,0 +1,63 @@
+"""Presence: which clients have called lately. An intake writes it down, and the table process chooses among them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fedtower.core.journal import Clock, since_boot
+from fedtower.core.rows import IntArray
+
+EVERY_SECONDS = 0.5
+
+
+@dataclass
+class Presence:
+    """Who called this intake, and when; written to a file of its own under ``folder`` every now and then.
+
+    It is no promise and survives nothing: who is forgotten calls again.
+    """
+
+    folder: Path
+    clock: Clock = since_boot
+    _seen: dict[int, float] = field(default_factory=dict)
+    _written: float = -np.inf
+
+    def saw(self, client: int) -> None:
+        """A client has called."""
+        self._seen[client] = self.clock().seconds
+
+    def write(self, *, within_seconds: float) -> None:
+        """Write the clients down that called within so many seconds; not more often than every half second."""
+        now = self.clock()
+        if now.seconds - self._written < EVERY_SECONDS:
+            return
+        self._seen = {client: at for client, at in self._seen.items() if now.seconds - at <= within_seconds}
+        self._written = now.seconds
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{now.boot}-{os.getpid()}.npy"
+        held = np.array([(client, at) for client, at in sorted(self._seen.items())], dtype=np.float64).reshape(-1, 2)
+        unfinished = path.with_suffix(".unfinished")
+        with unfinished.open("wb") as file:
+            np.save(file, held, allow_pickle=False)
+        unfinished.replace(path)
+
+
+def present(folder: Path, within_seconds: float, clock: Clock = since_boot) -> IntArray:
+    """The clients that called any intake within so many seconds, sorted; files that nobody writes any more go."""
+    now = clock()
+    found = [np.zeros(0, dtype=np.int64)]
+    for path in folder.glob("*.npy"):
+        boot = path.name.rpartition("-")[0]
+        try:
+            held = np.load(path, allow_pickle=False)
+        except (OSError, ValueError):
+            continue  # taken away, or of a process that was killed in the middle
+        fresh = held[now.seconds - held[:, 1] <= within_seconds] if boot == now.boot else held[:0]
+        found.append(fresh[:, 0].astype(np.int64))
+        if not len(fresh):
+            path.unlink(missing_ok=True)
+    return np.unique(np.concatenate(found))

@@ -1,0 +1,208 @@
+"""TableSide: a window's life, seen from the process that trains: publish the plan, read what was accepted, close.
+
+The journal stands between this process and the intakes. What they have accepted is read from it one update at a time,
+so memory does not grow with the cohort; a process that was killed reads the same updates again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from fedtower.core.cohort import Cohort
+from fedtower.core.draws import Draws
+from fedtower.core.errors import CheckpointError
+from fedtower.core.journal import Clock, Instant, Journal, RoundRecord, Task, WrongState, since_boot, wait
+from fedtower.core.plan import Plan
+from fedtower.core.rows import IntArray
+from fedtower.core.signing import Signer
+from fedtower.core.transport import Abandoned, Visit
+from fedtower.core.updates import Updates
+from fedtower.plugins.transports.grpc.artefact_store import ArtefactStore
+from fedtower.plugins.transports.grpc.artefacts import Artefact, encode_parameter
+from fedtower.plugins.transports.grpc.codec import MetricSum, decode_submission
+from fedtower.plugins.transports.grpc.plans import PublishedPlan, encode_plan, sign_plan
+from fedtower.plugins.transports.grpc.windows import Window, forget_windows, read_window
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How long a window waits, and for how much.
+
+    ``target`` updates are enough to close it; at the deadline, ``quorum`` (a share of the target) is.
+    """
+
+    lease_seconds: float
+    heartbeat_seconds: float
+    deadline_seconds: float
+    quorum: float
+
+
+@dataclass
+class TableSide:
+    """Opens windows and reads what was accepted in them; the :class:`~fedtower.core.transport.Transport` of a deployed
+    run.
+
+    ``template`` is the plan of any round without what changes: round and parameters. ``epoch`` fences an older process.
+    """
+
+    folder: Path
+    journal: Journal
+    epoch: int
+    signer: Signer
+    template: PublishedPlan
+    terms: Terms
+    said: Callable[[str], None]
+    most_bytes: int = 1 << 30
+    clock: Clock = since_boot
+    target: int | None = None
+    _last: PublishedPlan | None = field(default=None, repr=False)
+
+    @property
+    def artefacts(self) -> ArtefactStore:
+        """What the intakes give out."""
+        return ArtefactStore(self.folder / "artefacts")
+
+    @property
+    def windows(self) -> Path:
+        """Where the windows' files are."""
+        return self.folder / "windows"
+
+    def exchange(
+        self, plan: Plan, cohort: Cohort, visit: Visit, draws: Draws, deadline: float | None
+    ) -> Iterator[Updates]:
+        """The accepted updates of a cohort, one at a time, as they come. ``visit`` is the devices' own matter."""
+        terms = self.terms if deadline is None else replace(self.terms, deadline_seconds=deadline)
+        window = self._opened(plan, "train", cohort.clients, self.target or len(cohort), terms)
+        for client, payload in self._accepted(window, terms):
+            yield decode_submission(payload, client, most_bytes=self.most_bytes).updates
+
+    def judged(self, plan: Plan, clients: IntArray) -> dict[str, MetricSum]:
+        """The metrics of the devices' own held-out items: sums and counts over all that answered in time."""
+        window = self._opened(plan, "evaluate", clients, len(clients), self.terms)
+        totals: dict[str, MetricSum] = {}
+        for client, payload in self._in_vain(self._accepted(window, self.terms)):
+            for name, each in decode_submission(payload, client, most_bytes=self.most_bytes).sums.items():
+                held = totals.get(name, MetricSum(0.0, 0))
+                totals[name] = MetricSum(held.sum + each.sum, held.count + each.count)
+        self.committed(window.round, "evaluate")
+        return totals
+
+    def elapsed(self, round: int) -> float:
+        """The seconds since a round was opened, whatever was killed meanwhile."""
+        window = read_window(self.windows, round, "train")
+        return 0.0 if window is None else elapsed(window.opened, self.clock())
+
+    def chosen(self, round: int) -> IntArray | None:
+        """The clients of a round that was opened before a kill; nothing if it was not."""
+        window = read_window(self.windows, round, "train")
+        return None if window is None else window.clients
+
+    def committed(self, round: int, task: Task = "train") -> None:
+        """What came of a window's updates is in the state of the training."""
+        record = self.journal.record(round, task)
+        if record.state != "abandoned":
+            self.journal.advance(self.epoch, round, task, "committed")
+
+    def saved(self, round: int) -> None:
+        """A checkpoint holds the state after this round: what led to it may go."""
+        self.journal.retire(self.epoch, round)
+        forget_windows(self.windows, round)
+        if self._last is not None:
+            self.artefacts.keep_only(self._named(self._last))
+
+    def _opened(self, plan: Plan, task: Task, clients: IntArray, target: int, terms: Terms) -> Window:
+        """The window of a round: as it was opened before a kill, or a new one."""
+        published = self._published(plan)
+        data, signed = sign_plan(published, self.signer)
+        digest = self.artefacts.put("plan", data).digest
+        held = read_window(self.windows, plan.round, task)
+        if held is not None and held.digest != digest:
+            raise CheckpointError(
+                f"round {plan.round} ({task}) was opened with another plan than this process makes of its checkpoint: "
+                f"the recipe, the data or the checkpoint was changed; start the federation again, in a new folder"
+            )
+        if held is None:
+            held = Window(
+                round=plan.round,
+                task=task,
+                plan=signed,
+                clients=np.sort(clients),
+                target=target,
+                lease_seconds=terms.lease_seconds,
+                heartbeat_seconds=terms.heartbeat_seconds,
+                opened=self.clock(),
+            )
+            held.write(self.windows)
+        self._last = published
+        try:
+            self.journal.record(plan.round, task)
+        except WrongState:  # it is not there
+            self.journal.open_round(self.epoch, plan.round, task, digest.hex())
+        return held
+
+    def _accepted(self, window: Window, terms: Terms) -> Iterator[tuple[int, bytes]]:
+        """Client and payload of every accepted upload; the window is closed when this ends.
+
+        Raises:
+            Abandoned: the deadline came before the quorum; the window was abandoned.
+        """
+        round, task, after = window.round, window.task, 0
+        while True:
+            left = terms.deadline_seconds - elapsed(window.opened, self.clock())
+            record = wait(self.journal, round, task, after, min(max(left, 0.0), 1.0))
+            for each in self.journal.accepted(round, task, after):
+                yield each.client, each.payload
+                after = each.position
+            if record.state != "open":
+                break
+            if record.accepted >= window.target or left <= 0:
+                record = self._closed(window, record.accepted, terms)
+        if record.state == "abandoned":
+            raise Abandoned(record.reason)
+        # What was accepted between the last look and the closing.
+        for each in self.journal.accepted(round, task, after):
+            yield each.client, each.payload
+
+    def _in_vain(self, accepted: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        """The same; that there were too few is said, and what came is used: a mean is one of those that answered."""
+        try:
+            yield from accepted
+        except Abandoned as reason:
+            self.said(f"not all devices judged: {reason}")
+
+    def _closed(self, window: Window, accepted: int, terms: Terms) -> RoundRecord:
+        needed = max(int(np.ceil(terms.quorum * window.target)), 1)
+        if accepted >= needed:
+            return self.journal.advance(self.epoch, window.round, window.task, "closed")
+        reason = (
+            f"after {terms.deadline_seconds:g} s there were {accepted} of {window.target} updates, and the quorum is "
+            f"{needed}"
+        )
+        return self.journal.advance(self.epoch, window.round, window.task, "abandoned", reason)
+
+    def _published(self, plan: Plan) -> PublishedPlan:
+        """The plan, with one artefact a parameter."""
+        store = self.artefacts
+        parameters = tuple(store.put(name, encode_parameter(name, value)) for name, value in plan.parameters.items())
+        return replace(
+            self.template, round=plan.round, parameters=parameters, local=plan.local, train_rows=plan.train_rows
+        )
+
+    def _named(self, plan: PublishedPlan) -> set[bytes]:
+        """The digests of all that a plan names, and its own."""
+        own = Artefact.of("plan", encode_plan(plan))
+        return {each.digest for each in (own, plan.bundle, *plan.files, *plan.parameters)}
+
+
+def elapsed(since: Instant, now: Instant) -> float:
+    """Seconds since an instant; a machine that was started anew has waited long enough."""
+    return now.seconds - since.seconds if since.boot == now.boot else float("inf")
+
+
+def means(totals: Mapping[str, MetricSum]) -> dict[str, float]:
+    """Sums as means; what nobody had is left out."""
+    return {name: each.sum / each.count for name, each in totals.items() if each.count}

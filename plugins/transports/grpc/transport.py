@@ -1,0 +1,203 @@
+"""The transport ``grpc``: its settings, and the line that a deployed run goes over."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import grpc
+
+from fedtower.core.cohort import Cohort, Sampler
+from fedtower.core.draws import Draws
+from fedtower.core.errors import RecipeError
+from fedtower.core.plan import Plan
+from fedtower.core.rows import IntArray, RowStore
+from fedtower.core.transport import Visit
+from fedtower.core.updates import Updates
+from fedtower.plugins.transports.grpc.artefacts import Artefact
+from fedtower.plugins.transports.grpc.plans import PublishedPlan, RowSource
+from fedtower.plugins.transports.grpc.presence import present
+from fedtower.plugins.transports.grpc.rows import LockedRows, serve_rows
+from fedtower.plugins.transports.grpc.table import TableSide, Terms
+from fedtower.recsys.bundle import MANIFEST
+from fedtower.recsys.evaluation import Role
+from fedtower.recsys.line import Opening
+
+_LONGEST_SOCKET = 100
+
+
+@dataclass(frozen=True)
+class Grpc:
+    """Devices call over gRPC; the server chooses among those that have called lately."""
+
+    wait_for: int = field(default=0, metadata={"help": "clients that must be there before a round; 0: cohort.size"})
+    target: int = field(default=0, metadata={"help": "updates that end a round; 0: the whole cohort"})
+    quorum: float = field(default=1.0, metadata={"help": "share of the target that is enough at the deadline"})
+    deadline_seconds: float = field(default=600.0, metadata={"help": "how long a round waits, unless a plugin decides"})
+    lease_seconds: float = field(default=120.0, metadata={"help": "how long a silent device keeps its task"})
+    heartbeat_seconds: float = field(default=15.0, metadata={"help": "how often a working device calls"})
+    presence_seconds: float = field(default=30.0, metadata={"help": "who called so lately is there"})
+    upload_mb: int = field(default=256, metadata={"help": "the largest update"})
+
+    def __post_init__(self) -> None:
+        for name in ("deadline_seconds", "lease_seconds", "heartbeat_seconds", "presence_seconds", "upload_mb"):
+            if getattr(self, name) <= 0:
+                raise RecipeError(f"transport.{name} must be above 0, not {getattr(self, name)}")
+        if not 0 < self.quorum <= 1 or self.wait_for < 0 or self.target < 0:
+            raise RecipeError(
+                f"transport.quorum must be above 0 and at most 1, and wait_for and target not negative; they are "
+                f"{self.quorum}, {self.wait_for} and {self.target}"
+            )
+        if self.heartbeat_seconds >= self.lease_seconds:
+            raise RecipeError(
+                f"transport.heartbeat_seconds ({self.heartbeat_seconds:g}) must be less than transport.lease_seconds "
+                f"({self.lease_seconds:g}): a device that works would lose its task"
+            )
+
+    def exchange(
+        self, plan: Plan, cohort: Cohort, visit: Visit, draws: Draws, deadline: float | None
+    ) -> Iterator[Updates]:
+        """Raise RecipeError: these clients are on devices."""
+        raise RecipeError(
+            "transport.name = 'grpc' reaches devices: set mode = \"deployed\" (fedtower serve), or "
+            "transport.name = 'in_process' to simulate"
+        )
+
+    def open(self, opening: Opening) -> GrpcLine:
+        """The line to the devices of a federation."""
+        return GrpcLine.of(self, opening)
+
+
+@dataclass(frozen=True)
+class GrpcLine:
+    """An open line: windows in the journal, and rows over a socket to the intakes."""
+
+    settings: Grpc
+    folder: Path
+    side: TableSide
+    rows: RowStore | None
+    server: grpc.Server | None
+    wait_for: int
+
+    @classmethod
+    def of(cls, settings: Grpc, opening: Opening) -> GrpcLine:
+        """Publish the bundle, claim the journal, serve the rows."""
+        terms = Terms(
+            lease_seconds=settings.lease_seconds,
+            heartbeat_seconds=settings.heartbeat_seconds,
+            deadline_seconds=settings.deadline_seconds,
+            quorum=settings.quorum,
+        )
+        side = TableSide(
+            folder=opening.folder,
+            journal=opening.journal,
+            epoch=opening.journal.claim(),
+            signer=opening.signer,
+            template=_template(opening),
+            terms=terms,
+            said=opening.said,
+            most_bytes=settings.upload_mb << 20,
+            target=settings.target or None,
+        )
+        for name in (MANIFEST, *opening.bundle.manifest.files):
+            side.artefacts.put(name, (opening.bundle.path / name).read_bytes())
+        rows = server = None
+        if opening.rows is not None:
+            rows = LockedRows.of(opening.rows)
+            address = rows_address(opening.folder)
+            Path(address.removeprefix("unix:")).unlink(missing_ok=True)
+            server = serve_rows(rows, address)
+        wait_for = settings.wait_for or opening.cohort_size or 1
+        return cls(settings, opening.folder, side, rows, server, wait_for)
+
+    def exchange(
+        self, plan: Plan, cohort: Cohort, visit: Visit, draws: Draws, deadline: float | None
+    ) -> Iterator[Updates]:
+        """The accepted updates of a cohort."""
+        return self.side.exchange(plan, cohort, visit, draws, deadline)
+
+    def elapsed(self, round: int) -> float:
+        """The seconds since a round was opened."""
+        return self.side.elapsed(round)
+
+    def choose(self, round: int, sampler: Sampler, draws: Draws) -> Cohort:
+        """The cohort: as it was chosen before a kill, or out of those who called lately."""
+        held = self.side.chosen(round)
+        if held is not None:
+            return Cohort(round, held, int(held.max(initial=0)) + 1)
+        there = self._those_there()
+        chosen = there[sampler.sample(round, len(there), draws).clients]
+        return Cohort(round, chosen, int(there.max()) + 1)
+
+    def judged(self, plan: Plan, role: Role) -> Mapping[str, tuple[float, int]]:
+        """Sums and counts over the devices that are there."""
+        side = replace(self.side, template=replace(self.side.template, evaluation=_with(self.side, role)))
+        totals = side.judged(plan, self._those_there())
+        return {name: (each.sum, each.count) for name, each in totals.items()}
+
+    def committed(self, round: int) -> None:
+        """What came of a round is in the state."""
+        self.side.committed(round)
+
+    def saved(self, round: int) -> None:
+        """A checkpoint holds the state after a round."""
+        self.side.saved(round)
+
+    def finished(self, reason: str) -> None:
+        """Devices that call are told that it is over."""
+        (self.folder / "finished").write_text(reason, encoding="utf-8")
+
+    def close(self) -> None:
+        """End the server of rows, and close the journal."""
+        if self.server is not None:
+            self.server.stop(1.0).wait()
+        self.side.journal.close()
+
+    def _those_there(self) -> IntArray:
+        """The clients that called lately, once there are enough."""
+        told = False
+        while True:
+            there = present(self.folder / "present", self.settings.presence_seconds)
+            if len(there) >= self.wait_for:
+                return there
+            if not told:
+                self.side.said(f"waiting for {self.wait_for} devices; {len(there)} are there")
+                told = True
+            time.sleep(0.1)
+
+
+def rows_address(folder: Path) -> str:
+    """Where a federation's table process gives out rows: a socket's path must be short, so it may lie elsewhere."""
+    path = folder.resolve() / "rows.sock"
+    if len(str(path)) > _LONGEST_SOCKET:
+        name = Artefact.of("", str(path).encode()).digest.hex()[:16]
+        path = Path(tempfile.gettempdir()) / f"fedtower-{name}.sock"
+    return f"unix:{path}"
+
+
+def _template(opening: Opening) -> PublishedPlan:
+    manifest = opening.bundle.manifest
+    held = {name: (opening.bundle.path / name).read_bytes() for name in (MANIFEST, *sorted(manifest.files))}
+    bundle, *files = (Artefact.of(name, data) for name, data in held.items())
+    rows = manifest.rows
+    return PublishedPlan(
+        federation=opening.federation,
+        run=opening.run,
+        round=0,
+        seed=opening.seed,
+        bundle=bundle,
+        files=tuple(files),
+        parameters=(),
+        local=opening.local,
+        rows=() if rows is None else (RowSource(rows.source, rows.num_rows, rows.width),),
+        transforms=opening.transforms,
+        norm_bound=opening.max_norm or 0.0,
+        evaluation=opening.evaluation,
+    )
+
+
+def _with(side: TableSide, role: Role) -> dict[str, object]:
+    return {**side.template.evaluation, "role": role}

@@ -1,0 +1,86 @@
+"""Line: the seam of a transport that reaches devices: what it is told of a federation, and what rounds ask of it.
+
+Intakes and devices import this: it knows no tensor library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedtower.core.cohort import Cohort, Sampler
+from fedtower.core.draws import Draws
+from fedtower.core.journal import Journal
+from fedtower.core.plan import LocalSettings, Plan
+from fedtower.core.rows import RowStore
+from fedtower.core.settings import Part
+from fedtower.core.signing import Signer
+from fedtower.core.transport import Transport
+from fedtower.recsys.bundle import Bundle
+from fedtower.recsys.evaluation import Role
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a transport is told of a federation before its first round."""
+
+    folder: Path
+    federation: str
+    run: str
+    seed: int
+    bundle: Bundle
+    local: LocalSettings
+    rows: RowStore | None
+    transforms: tuple[Part, ...]
+    evaluation: Mapping[str, Any]
+    max_norm: float | None
+    cohort_size: int | None
+    journal: Journal
+    signer: Signer
+    said: Callable[[str], None]
+
+
+class Line(Transport, Protocol):
+    """A transport that is open: devices call it, and rounds go over it."""
+
+    @property
+    def rows(self) -> RowStore | None:
+        """The rows of the opening, safe to be stepped while devices fetch them."""
+        ...
+
+    def choose(self, round: int, sampler: Sampler, draws: Draws) -> Cohort:
+        """The cohort of a round, out of the clients that are there; it waits until there are enough."""
+        ...
+
+    def judged(self, plan: Plan, role: Role) -> Mapping[str, tuple[float, int]]:
+        """Sums and counts of metrics over the held-out items of the devices that are there."""
+        ...
+
+    def committed(self, round: int) -> None:
+        """What came of a round's updates is in the state."""
+        ...
+
+    def saved(self, round: int) -> None:
+        """A checkpoint holds the state after a round: what led to it may go."""
+        ...
+
+    def finished(self, reason: str) -> None:
+        """There will be no more rounds: devices are told so."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what is open; the federation may go on later."""
+        ...
+
+
+class DeployedTransport(Protocol):
+    """The seam of a transport that reaches devices: a frozen dataclass of settings.
+
+    Its door says (capability ``intake``) which function serves the public port, in a process of its own.
+    """
+
+    def open(self, opening: Opening) -> Line:
+        """The line to the devices of a federation."""
+        ...

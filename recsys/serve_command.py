@@ -1,0 +1,153 @@
+"""``fedtower serve``: a recipe over devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from fedtower.core.cli import pass_registry
+from fedtower.core.errors import RecipeError, TrustError
+from fedtower.core.recipe import Recipe, check, load_recipe
+from fedtower.core.registry import Registry
+from fedtower.recsys.run_folder import RunFolder
+from fedtower.recsys.serving import Door, found, intake_module, serve, with_port
+
+HOST, PORT, KEYS = "127.0.0.1", 7433, Path("keys")
+
+
+@click.command(name="serve")
+@click.argument("recipe", metavar="NAME-OR-FILE-OR-RUN")
+@click.option("-o", "--option", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
+@click.option(
+    "--runs",
+    type=click.Path(path_type=Path),
+    default=Path("runs"),
+    show_default=True,
+    help="Where run folders are made.",
+)
+@click.option("--host", default=HOST, show_default=True, help="The address that devices call.")
+@click.option("--port", default=PORT, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
+@click.option(
+    "--keys",
+    type=click.Path(path_type=Path),
+    default=KEYS,
+    show_default=True,
+    help="The folder that `fedtower certs` made: certificates, the signing key, and who may take part.",
+)
+@click.option("--mutual", is_flag=True, help="Devices must show certificates of the folder's authority.")
+@click.option("--insecure", is_flag=True, help="Plaintext; on a loopback address only.")
+@click.option("-v", "--verbose", is_flag=True, help="A row for every round.")
+@pass_registry
+def serve_command(
+    registry: Registry,
+    recipe: str,
+    overrides: tuple[str, ...],
+    runs: Path,
+    host: str,
+    port: int,
+    keys: Path,
+    mutual: bool,
+    insecure: bool,
+    verbose: bool,
+) -> None:
+    r"""Train a recipe over devices that call; or go on with a RUN that was served before.
+
+    \b
+    Examples:
+      fedtower certs keys --host 127.0.0.1
+      fedtower serve dssm-ml-100k -o cohort.size=10
+      fedtower serve runs/dssm-ml-100k-1
+    """
+    serve_recipe(
+        registry,
+        recipe,
+        overrides,
+        runs,
+        host=host,
+        port=port,
+        keys=keys,
+        mutual=mutual,
+        insecure=insecure,
+        verbose=verbose,
+    )
+
+
+def serve_recipe(
+    registry: Registry,
+    name: str,
+    overrides: Sequence[str],
+    runs: Path,
+    *,
+    host: str = HOST,
+    port: int = PORT,
+    keys: Path = KEYS,
+    mutual: bool = False,
+    insecure: bool = False,
+    verbose: bool = False,
+) -> None:
+    """Serve a recipe, or go on with a run that was served before, until its last round."""
+    door = with_port(_door(host, port, keys, mutual=mutual, insecure=insecure))
+    console = Console(highlight=False)
+    folder, loaded = _opened(name, overrides, runs, keys, registry)
+    console.print(f"run: {folder.path}\ndevices call {host}:{door.port}", soft_wrap=True)
+    with folder.serving():
+        serve(
+            folder,
+            loaded,
+            registry,
+            door,
+            verbose=verbose,
+            said=lambda text: console.print(f"note: {text}", soft_wrap=True),
+        )
+    console.print(f"next: fedtower report {folder.path}", soft_wrap=True)
+
+
+def _opened(
+    name: str, overrides: Sequence[str], runs: Path, keys: Path, registry: Registry
+) -> tuple[RunFolder, Recipe]:
+    """The folder of a run that was served before, or a new one."""
+    if (Path(name) / "recipe.toml").is_file():
+        if overrides:
+            raise RecipeError("a run goes on with the recipe it was started with: leave -o out, or begin another run")
+        folder = RunFolder.open(Path(name))
+        folder.federation()
+        recipe = folder.recipe()
+        registry.use_folder(folder.path)
+        return folder, check(recipe, registry)
+    recipe = as_deployed(name, overrides, registry)
+    if not (keys / "signing.pem").is_file():
+        raise TrustError(
+            f"there is no signing key {keys / 'signing.pem'}: `fedtower keygen {keys}` makes it, and the public half "
+            f"that devices pin"
+        )
+    folder = RunFolder.create(recipe, registry, runs)
+    found(folder, keys)
+    return folder, recipe
+
+
+def as_deployed(name: str, overrides: Sequence[str], registry: Registry) -> Recipe:
+    """The recipe with mode = "deployed", over a transport that devices can call: the first one, if it names none."""
+    asked = [*overrides, "mode=deployed"]
+    if not any(each.partition("=")[0].strip() == "transport.name" for each in overrides):
+        own = load_recipe(name, [each for each in asked if not each.strip().startswith("transport.")], registry)
+        reaching = [offer.name for offer in registry.offers("transport") if "intake" in offer.capabilities]
+        if own.transport.name not in reaching and reaching:
+            asked.append(f"transport.name={reaching[0]}")
+    recipe = load_recipe(name, asked, registry)
+    intake_module(registry, recipe)
+    return recipe
+
+
+def _door(host: str, port: int, keys: Path, *, mutual: bool, insecure: bool) -> Door:
+    if insecure:
+        return Door(host, port, insecure=True)
+    certificate, key, authority = (keys / name for name in ("server.pem", "server.key", "authority.pem"))
+    if not certificate.is_file():
+        raise TrustError(
+            f"there is no certificate {certificate}: `fedtower certs {keys} --host {host}` makes one for trials; on "
+            f"this machine alone, --insecure does without"
+        )
+    return Door(host, port, False, str(certificate), str(key), str(authority) if mutual else None)

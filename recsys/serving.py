@@ -1,0 +1,205 @@
+"""Serving: a deployed run on disk, and the two processes that work on it, started again whenever one dies.
+
+The *intake* serves the public port, the *table* process trains. This one does neither, so that it need never die: it
+imports no torch, no model and no network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedtower.core.checkpoint import storage_errors
+from fedtower.core.errors import FedtowerError, RecipeError
+from fedtower.core.recipe import Recipe
+from fedtower.core.registry import Registry
+from fedtower.core.settings import plain
+from fedtower.recsys.engine import own_path
+from fedtower.recsys.run_folder import FEDERATION, RunFolder
+
+TABLE = "fedtower.recsys.table_process"
+_GRACE_SECONDS = 15.0
+_MOST_DEATHS, _WITHIN_SECONDS = 5, 60.0
+
+
+class ServingError(FedtowerError):
+    """A process of a federation cannot be kept running."""
+
+    exit_code = 12
+
+
+@dataclass(frozen=True)
+class Door:
+    """The public port, and the files by which devices know it."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    insecure: bool = False
+    certificate: str | None = None
+    key: str | None = None
+    authority: str | None = None
+
+
+def found(folder: RunFolder, keys: Path) -> None:
+    """Let a new run folder belong to the federation of a folder of keys, which gets a name that no other has.
+
+    Devices that have enrolled there take part in every run of it.
+    """
+    path = keys / "federation"
+    with storage_errors(keys):
+        if not path.is_file():
+            path.write_text(secrets.token_hex(8), encoding="ascii")
+        name = path.read_text(encoding="ascii")
+    folder.write(FEDERATION, {"name": name, "run": secrets.token_hex(8), "keys": str(keys.resolve())})
+
+
+def intake_config(folder: RunFolder, recipe: Recipe, door: Door) -> dict[str, Any]:
+    """What an intake is told."""
+    federation = folder.federation()
+    return {
+        "folder": str(folder.path.resolve()),
+        "federation": federation.name,
+        "journal": {"name": recipe.journal.name, "settings": plain(recipe.journal.settings)},
+        "transport": plain(recipe.transport.settings),
+        "credentials": str(federation.credentials),
+        "address": asdict(door),
+    }
+
+
+def with_port(door: Door) -> Door:
+    """The same with a free port instead of none: an intake that is started again must find its own."""
+    if door.port:
+        return door
+    with socket.socket() as probe:
+        probe.bind((door.host, 0))
+        return Door(**{**asdict(door), "port": probe.getsockname()[1]})
+
+
+def intake_module(registry: Registry, recipe: Recipe) -> str:
+    """The module that serves the public port of the recipe's transport. Raises RecipeError when there is none."""
+    offer = registry.get("transport", recipe.transport.name)
+    module = offer.capabilities.get("intake")
+    if not isinstance(module, str):
+        others = [each.name for each in registry.offers("transport") if "intake" in each.capabilities]
+        raise RecipeError(
+            f'mode = "deployed" needs a transport that devices can call, and {offer.name!r} is none; set '
+            f"transport.name to {' or '.join(others)}"
+        )
+    return module
+
+
+@dataclass
+class Worker:
+    """A child process that is started again when it dies."""
+
+    name: str
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    _process: subprocess.Popen[bytes] | None = None
+    _deaths: list[float] = field(default_factory=list)
+    _not_before: float = 0.0
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id, while it runs."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Start the process."""
+        self._process = subprocess.Popen(self.command, env=dict(self.environment), start_new_session=True)
+
+    def look(self, said: Callable[[str], None]) -> int | None:
+        """Its exit code, once it has ended by itself; one that was killed or failed is started again.
+
+        Raises:
+            ServingError: it dies again and again.
+        """
+        if self._process is None:
+            if time.monotonic() >= self._not_before:
+                self.start()
+            return None
+        code = self._process.poll()
+        if code is None or code == 0:
+            return code
+        now = time.monotonic()
+        self._deaths = [at for at in self._deaths if now - at < _WITHIN_SECONDS] + ([now] if code > 0 else [])
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        if len(self._deaths) >= _MOST_DEATHS:
+            raise ServingError(
+                f"the {self.name} process ended {how}, {_MOST_DEATHS} times within {_WITHIN_SECONDS:g} seconds; what "
+                f"it said stands above. Nothing that was acknowledged is lost: `fedtower resume` goes on"
+            )
+        said(f"the {self.name} process ended {how}; it is started again")
+        self._process, self._not_before = None, now + 0.05 * 2 ** len(self._deaths)
+        return None
+
+    def stop(self) -> None:
+        """Ask it to end, and end it if it does not."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(_GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
+def serve(
+    folder: RunFolder,
+    recipe: Recipe,
+    registry: Registry,
+    door: Door,
+    *,
+    verbose: bool = False,
+    linger_seconds: float = 5.0,
+    said: Callable[[str], None] = lambda message: None,
+) -> int:
+    """Keep both processes running until the last round is done; the exit code.
+
+    Afterwards the intake stays for ``linger_seconds``, so that devices that call learn that it is over.
+
+    Raises:
+        ServingError: a process cannot be kept running.
+        KeyboardInterrupt: SIGINT or SIGTERM came; both processes have ended in order.
+    """
+    config = folder.path / "intake-config.json"
+    with storage_errors(folder.path):
+        config.write_text(json.dumps(intake_config(folder, recipe, door)), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": own_path()}
+    intake = Worker("intake", [sys.executable, "-m", intake_module(registry, recipe), str(config)], environment)
+    options = ["--verbose"] if verbose else []
+    table = Worker("table", [sys.executable, "-m", TABLE, str(folder.path), *options], environment)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        intake.start()
+        table.start()
+        folder.write("processes.json", {"supervisor": os.getpid(), "intake": intake.pid, "table": table.pid})
+        while True:
+            code = table.look(said)
+            if intake.look(said) == 0:
+                raise ServingError("the intake process has ended without being asked to")
+            if code == 0:
+                time.sleep(linger_seconds)
+                return 0
+            folder.write("processes.json", {"supervisor": os.getpid(), "intake": intake.pid, "table": table.pid})
+            time.sleep(0.05)
+    finally:
+        table.stop()
+        intake.stop()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt

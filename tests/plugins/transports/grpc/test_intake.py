@@ -1,0 +1,404 @@
+"""The intake: a bad update of any kind gets a typed refusal and changes nothing; a good one is durable."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtower.core.cohort import Cohort
+from fedtower.core.draws import Draws
+from fedtower.core.journal import Instant, Journal
+from fedtower.core.plan import LocalSettings, Plan
+from fedtower.core.registry import Registry, discover
+from fedtower.core.transport import Abandoned
+from fedtower.core.updates import Rows, Updates, stack
+from fedtower.plugins.journals.sqlite.journal import SQLite
+from fedtower.plugins.signers.ed25519.signer import Ed25519Signer, make_key
+from fedtower.plugins.transports.grpc.artefacts import Artefact
+from fedtower.plugins.transports.grpc.codec import Belongs, Submission, encode_submission
+from fedtower.plugins.transports.grpc.intake import Caller, Intake, Limits, RowsAway
+from fedtower.plugins.transports.grpc.meters import Meters
+from fedtower.plugins.transports.grpc.plans import PublishedPlan, RowSource, open_plan
+from fedtower.plugins.transports.grpc.refusals import Reason, Refused
+from fedtower.plugins.transports.grpc.rows import LockedRows, _chunks
+from fedtower.plugins.transports.grpc.table import TableSide, Terms
+from fedtower.plugins.transports.grpc.tensors import to_array, to_tensor
+from fedtower.protos.v1 import federation_pb2 as pb
+
+CLIENTS, PARAMETERS = 4, {"w": np.zeros((2, 3), np.float32), "b": np.zeros(3, np.float32)}
+TABLE = np.arange(40, dtype=np.float32).reshape(10, 4)
+LOCAL = LocalSettings(steps=1)
+
+
+class Table:
+    """Rows that can be away."""
+
+    generation, away = 0, False
+
+    def fetch(self, source: str, ids: Any) -> Any:
+        return TABLE[ids]
+
+    def apply(self, deltas: Any, lr_scale: float) -> None:
+        raise AssertionError("nobody steps here")
+
+    def snapshot(self) -> Any:
+        return {}
+
+    def restore(self, arrays: Any) -> None:
+        pass
+
+
+class HandClock:
+    """Time that goes on when it is told to."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def __call__(self) -> Instant:
+        return Instant("a boot", self.seconds)
+
+
+@dataclass
+class Federation:
+    """A table side and an intake over one folder, and what came in."""
+
+    side: TableSide
+    intake: Intake
+    table: Table
+    clock: HandClock
+    signer: Ed25519Signer
+    came: list[Updates]
+    reasons: list[str]
+
+    @contextmanager
+    def open_round(self, round: int = 1, target: int = CLIENTS) -> Iterator[None]:
+        """A round that is open meanwhile; it ends when ``target`` updates are there, or at its deadline."""
+        plan, cohort = Plan(round, PARAMETERS, LOCAL), Cohort(round, np.arange(CLIENTS), CLIENTS)
+
+        def read() -> None:
+            try:
+                self.came.extend(replace(self.side, target=target).exchange(plan, cohort, None, Draws(1), None))  # type: ignore[arg-type]
+            except Abandoned as reason:
+                self.reasons.append(str(reason))
+
+        thread = Thread(target=read)
+        thread.start()
+        try:
+            yield
+        finally:
+            thread.join(20.0)
+            assert not thread.is_alive()
+
+    async def lease(self, client: int = 0) -> pb.Lease:
+        """A lease, waited for as long as the round takes to open."""
+        for _ in range(200):
+            reply = await self.intake.check_in(caller(client), pb.CheckInRequest(protocol=1).SerializeToString())
+            if reply.WhichOneof("outcome") == "lease":
+                return reply.lease
+            await asyncio.sleep(0.02)
+        raise AssertionError("no lease came")
+
+    async def rows(self, lease: pb.Lease, client: int = 0, ids: tuple[int, ...] = (1, 3)) -> Any:
+        request = pb.FetchRowsRequest(lease=lease.lease, source="item", ids=to_tensor(np.array(ids, np.uint32)))
+        chunks = [
+            pb.RowsChunk.FromString(c)
+            async for c in self.intake.fetch_rows(caller(client), request.SerializeToString())
+        ]
+        return chunks
+
+    async def submit(self, lease: pb.Lease, payload: bytes, client: int = 0, **header: Any) -> pb.SubmitReply:
+        return await self.intake.submit(caller(client), parts(lease.lease, payload, **header))
+
+    async def good(self, client: int) -> pb.Lease:
+        """A client that does everything right."""
+        lease = await self.lease(client)
+        await self.rows(lease, client)
+        reply = await self.submit(lease, encode_submission(self.submission(lease)), client)
+        assert reply.WhichOneof("outcome") == "acknowledged"
+        return lease
+
+    def submission(self, lease: pb.Lease, **changes: Any) -> Submission:
+        data = self.side.artefacts.path(lease.plan.artefact.digest).read_bytes()
+        plan = open_plan(lease.plan, data, self.signer.verifier())
+        deltas = {
+            name: np.full((1, *value.shape), 0.25 * (lease.client + 1), np.float32)
+            for name, value in PARAMETERS.items()
+        }
+        updates = Updates(
+            weights=np.array([2.0]),
+            dense=deltas,
+            rows={"item": Rows(np.array([0, 2]), np.array([1, 3]), np.full((2, 4), 0.5, np.float32))},
+            metrics={"loss": np.array([0.5])},
+        )
+        belongs = Belongs(plan.federation, plan.model, plan.round, lease.lease)
+        made = Submission(belongs, updates, 5)
+        for name, change in changes.items():
+            made = replace(made, **{name: change(getattr(made, name))})
+        return made
+
+
+def caller(client: int) -> Caller:
+    return Caller(f"device-{client}", client)
+
+
+async def parts(lease: bytes, payload: bytes, **header: Any) -> AsyncIterator[bytes]:
+    digest = hashlib.sha256(payload).digest()
+    first = {"lease": lease, "digest": digest, "size": len(payload), "offset": 0, **header}
+    yield pb.SubmitPart(header=pb.SubmitHeader(**first)).SerializeToString()
+    for start in range(first["offset"], len(payload), 100):
+        yield pb.SubmitPart(data=payload[start : start + 100]).SerializeToString()
+
+
+@pytest.fixture(scope="module")
+def registry() -> Registry:
+    return discover()
+
+
+@pytest.fixture
+def clock() -> HandClock:
+    return HandClock()
+
+
+@pytest.fixture
+def journal(tmp_path: Path, clock: HandClock) -> Iterator[Journal]:
+    opened = SQLite().open(tmp_path / "journal", "a federation", clock)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def federation(tmp_path: Path, journal: Journal, clock: HandClock, registry: Registry) -> Federation:
+    signer = make_key(tmp_path / "signing.pem", tmp_path / "signing.pub")
+    template = PublishedPlan(
+        federation="a federation",
+        round=0,
+        seed=1,
+        bundle=Artefact.of("manifest.json", b"{}"),
+        files=(),
+        parameters=(),
+        local=LOCAL,
+        rows=(RowSource("item", 10, 4),),
+        norm_bound=100.0,
+        run="run1",
+    )
+    side = TableSide(
+        folder=tmp_path,
+        journal=journal,
+        epoch=journal.claim(),
+        signer=signer,
+        template=template,
+        terms=Terms(lease_seconds=60.0, heartbeat_seconds=5.0, deadline_seconds=300.0, quorum=0.75),
+        said=lambda message: None,
+        clock=clock,
+    )
+    table = Table()
+
+    async def line(request: bytes) -> AsyncIterator[bytes]:
+        if table.away:
+            raise RowsAway("no table")
+        for chunk in _chunks(LockedRows.of(table), request):
+            yield chunk
+
+    intake = Intake(
+        folder=tmp_path,
+        federation="a federation",
+        journal=journal,
+        rows=line,
+        meters=Meters(),
+        registry=registry,
+        limits=Limits(upload_bytes=1 << 20),
+    )
+    intake.presence.clock = clock
+    return Federation(side, intake, table, clock, signer, [], [])
+
+
+def refused(do: Callable[[], Any]) -> Reason:
+    with pytest.raises(Refused) as error:
+        do()
+    assert len(str(error.value)) > 20  # a sentence
+    return error.value.reason
+
+
+def spoilt(**changes: Any) -> Callable[[Updates], Updates]:
+    return lambda updates: replace(updates, **changes)
+
+
+W = np.ones((1, 2, 3), np.float32)
+B = np.ones((1, 3), np.float32)
+BAD_UPDATES: dict[str, tuple[Reason, dict[str, Any]]] = {
+    "early": (Reason.EARLY, {"belongs": lambda b: replace(b, round=b.round + 1)}),
+    "other round": (Reason.OTHER_ROUND, {"belongs": lambda b: replace(b, round=0)}),
+    "other model": (Reason.OTHER_MODEL, {"belongs": lambda b: replace(b, model=bytes(32))}),
+    "other federation": (Reason.OTHER_FEDERATION, {"belongs": lambda b: replace(b, federation="another")}),
+    "NaN": (Reason.NOT_FINITE, {"updates": spoilt(dense={"w": W * np.float32("nan"), "b": B})}),
+    "infinite rows": (
+        Reason.NOT_FINITE,
+        {"updates": spoilt(rows={"item": Rows(np.array([0, 1]), np.array([1]), np.full((1, 4), np.inf, np.float32))})},
+    ),
+    "wrong shape": (Reason.WRONG_SHAPE, {"updates": spoilt(dense={"w": W[:, :1], "b": B})}),
+    "missing name": (Reason.WRONG_NAMES, {"updates": spoilt(dense={"w": W})}),
+    "wrong dtype": (Reason.WRONG_DTYPE, {"updates": spoilt(dense={"w": W.astype(np.float64), "b": B})}),
+    "row not leased": (
+        Reason.ROW_NOT_LEASED,
+        {"updates": spoilt(rows={"item": Rows(np.array([0, 1]), np.array([7]), np.ones((1, 4), np.float32))})},
+    ),
+    "row twice": (
+        Reason.ROW_NOT_LEASED,
+        {"updates": spoilt(rows={"item": Rows(np.array([0, 2]), np.array([1, 1]), np.ones((2, 4), np.float32))})},
+    ),
+    "too long": (Reason.NORM, {"updates": spoilt(dense={"w": W * 1000, "b": B})}),
+    "negative weight": (Reason.WEIGHT, {"updates": spoilt(weights=np.array([-1.0]))}),
+    "weight of nothing": (Reason.NUM_EXAMPLES, {"num_examples": lambda n: 0}),
+}
+
+
+def test_bad_updates_of_every_kind_are_refused_and_change_nothing(federation: Federation) -> None:
+    async def story() -> None:
+        lease = await federation.lease(0)
+        await federation.rows(lease)
+        good = encode_submission(federation.submission(lease))
+        for name, (reason, changes) in BAD_UPDATES.items():
+            payload = encode_submission(federation.submission(lease, **changes))
+            with pytest.raises(Refused) as error:
+                await federation.submit(lease, payload)
+            assert error.value.reason is reason, name
+        for reason, do in (
+            (Reason.CORRUPT, federation.submit(lease, b"no update at all" * 9)),
+            (Reason.CORRUPT, federation.submit(lease, good, digest=hashlib.sha256(b"else").digest())),
+            (Reason.TRUNCATED, federation.submit(lease, good, size=len(good) + 1)),
+            (Reason.TOO_LARGE, federation.submit(lease, good, size=1 << 40)),
+            (Reason.UNKNOWN_LEASE, federation.submit(lease, good, client=1)),
+            (Reason.UNKNOWN_LEASE, federation.submit(pb.Lease(lease=bytes(16)), good)),
+        ):
+            with pytest.raises(Refused) as error:
+                await do
+            assert error.value.reason is reason
+        assert (await federation.submit(lease, good)).acknowledged == pb.Acknowledged(duplicate=False)
+        assert (await federation.submit(lease, good)).acknowledged == pb.Acknowledged(duplicate=True)
+        other = encode_submission(federation.submission(lease, num_examples=lambda n: 6))
+        with pytest.raises(Refused) as conflict:
+            await federation.submit(lease, other)
+        assert conflict.value.reason is Reason.CONFLICTING
+        for client in range(1, CLIENTS):
+            await federation.good(client)
+
+    with federation.open_round():
+        asyncio.run(story())
+    block = stack(federation.came)
+    assert block.clients is not None
+    order = np.argsort(block.clients)
+    assert block.clients[order].tolist() == [0, 1, 2, 3]
+    np.testing.assert_array_equal(block.dense["w"][order][:, 0, 0], [0.25, 0.5, 0.75, 1.0])
+
+
+def test_who_was_acknowledged_is_not_asked_again_and_late_is_late(federation: Federation) -> None:
+    async def story() -> None:
+        await federation.good(0)
+        again = await federation.intake.check_in(caller(0), pb.CheckInRequest(protocol=1).SerializeToString())
+        assert again.WhichOneof("outcome") == "come_back"
+        stranger = await federation.intake.check_in(caller(77), pb.CheckInRequest(protocol=1).SerializeToString())
+        assert stranger.WhichOneof("outcome") == "come_back"
+        slow = await federation.lease(1)
+        payload = encode_submission(federation.submission(slow, updates=spoilt(rows={})))
+        federation.clock.seconds += 61.0
+        with pytest.raises(Refused) as late:
+            await federation.submit(slow, payload, 1)
+        assert late.value.reason is Reason.LATE
+        federation.clock.seconds += 300.0
+        for _ in range(200):
+            await asyncio.sleep(0.02)
+            if federation.reasons:
+                break
+        with pytest.raises(Refused) as closed:
+            await federation.rows(slow, 1)
+        assert closed.value.reason in (Reason.ROUND_CLOSED, Reason.UNKNOWN_LEASE)
+
+    with federation.open_round():
+        asyncio.run(story())
+    assert federation.reasons == ["after 300 s there were 1 of 4 updates, and the quorum is 3"]
+
+
+def test_an_upload_that_broke_off_goes_on_where_it_ended(federation: Federation) -> None:
+    async def story() -> None:
+        lease = await federation.lease(0)
+        await federation.rows(lease)
+        good = encode_submission(federation.submission(lease))
+        digest = hashlib.sha256(good).digest()
+
+        async def broken() -> AsyncIterator[bytes]:
+            whole = parts(lease.lease, good)
+            yield await anext(whole)
+            yield await anext(whole)
+            raise ConnectionError("the line broke")
+
+        with pytest.raises(ConnectionError):
+            await federation.intake.submit(caller(0), broken())
+        asked = pb.ResumeRequest(lease=lease.lease, digest=digest).SerializeToString()
+        held = (await federation.intake.resume(caller(0), asked)).held.offset
+        assert held == 100
+        assert (await federation.submit(lease, good, offset=held)).WhichOneof("outcome") == "acknowledged"
+        assert not list((federation.intake.folder / "staging").iterdir())
+
+    with federation.open_round(target=1):
+        asyncio.run(story())
+    assert len(federation.came) == 1
+
+
+def test_rows_that_are_away_are_asked_for_later(federation: Federation) -> None:
+    async def story() -> None:
+        lease = await federation.lease(0)
+        federation.table.away = True
+        (chunk,) = await federation.rows(lease)
+        assert chunk.come_back.seconds > 0
+        federation.table.away = False
+        (chunk,) = await federation.rows(lease)
+        np.testing.assert_array_equal(to_array(chunk.part.rows, "a test"), TABLE[[1, 3]])
+        with pytest.raises(Refused) as beyond:
+            await federation.rows(lease, ids=(1, 10))
+        assert beyond.value.reason is Reason.ROW_NOT_LEASED
+        await federation.submit(lease, encode_submission(federation.submission(lease)))
+
+    with federation.open_round(target=1):
+        asyncio.run(story())
+
+
+def test_another_intake_knows_the_leases_of_the_first(federation: Federation, registry: Registry) -> None:
+    async def story() -> None:
+        lease = await federation.lease(0)
+        await federation.rows(lease)
+        second = replace(federation.intake, _records=[], _looked=-1.0, _open={}, _leases={})
+        second.presence.clock = federation.clock
+        payload = encode_submission(federation.submission(lease))
+        reply = await second.submit(caller(0), parts(lease.lease, payload))
+        assert reply.WhichOneof("outcome") == "acknowledged"
+
+    with federation.open_round(target=1):
+        asyncio.run(story())
+    assert len(federation.came) == 1
+
+
+def test_a_round_that_was_opened_before_a_kill_is_read_again(federation: Federation) -> None:
+    async def story() -> None:
+        for client in range(CLIENTS):
+            await federation.good(client)
+
+    with federation.open_round():
+        asyncio.run(story())
+    first, federation.came = federation.came, []
+    federation.side = replace(federation.side, epoch=federation.side.journal.claim())
+    with federation.open_round():
+        pass
+    for one, other in zip(first, federation.came, strict=True):
+        np.testing.assert_array_equal(one.dense["w"], other.dense["w"])
+    federation.side.committed(1)
+    federation.side.saved(1)
+    assert not list(federation.side.windows.iterdir())
