@@ -112,7 +112,7 @@ def run_round(state: ServerState, parts: Parts) -> tuple[ServerState, RoundRepor
     tally = Tally(cohort)
     reception = Reception(plan, cohort, parts.transforms, parts.checks, parts.client, parts.hooks, tally)
     arriving = parts.transport.exchange(plan, cohort, parts.client.visit, parts.draws, deadline)
-    if not isinstance(parts.transport, KeepsTime):
+    if not (isinstance(parts.transport, KeepsTime) and parts.transport.keeps_time):
         arriving = in_time(arriving, started, deadline, parts.clock)
     blocks = tally.count(reception.accepted(arriving))
 

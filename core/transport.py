@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +19,9 @@ Visit = Callable[[Plan, NDArray[np.int64]], Updates]
 
 @runtime_checkable
 class KeepsTime(Protocol):
-    """A transport that says itself which updates came in time: those that it has acknowledged count, whenever they are
-    read.
-    """
+    """A transport that says itself which updates came in time: what it has acknowledged counts, whenever it is read."""
 
-    def elapsed(self, round: int) -> float:
-        """The seconds since a round was opened."""
-        ...
+    keeps_time: ClassVar[bool]
 
 
 class Abandoned(FedtowerError):

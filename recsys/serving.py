@@ -30,6 +30,8 @@ from fedtower.recsys.run_folder import FEDERATION, RunFolder
 TABLE = "fedtower.recsys.table_process"
 _GRACE_SECONDS = 15.0
 _MOST_DEATHS, _WITHIN_SECONDS = 5, 60.0
+# A recipe, data, a plugin, a checkpoint, a library, a model or a key is at fault: another try would end the same way.
+_FOR_GOOD = {2, 3, 4, 5, 7, 9, 10}
 
 
 class ServingError(FedtowerError):
@@ -131,6 +133,8 @@ class Worker:
         code = self._process.poll()
         if code is None or code == 0:
             return code
+        if code in _FOR_GOOD:
+            raise ServingError(f"the {self.name} process ended with exit code {code}; what it said stands above")
         now = time.monotonic()
         self._deaths = [at for at in self._deaths if now - at < _WITHIN_SECONDS] + ([now] if code > 0 else [])
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
@@ -185,7 +189,7 @@ def serve(
     try:
         intake.start()
         table.start()
-        folder.write("processes.json", {"supervisor": os.getpid(), "intake": intake.pid, "table": table.pid})
+        known: dict[str, int | None] = {}
         while True:
             code = table.look(said)
             if intake.look(said) == 0:
@@ -193,7 +197,10 @@ def serve(
             if code == 0:
                 time.sleep(linger_seconds)
                 return 0
-            folder.write("processes.json", {"supervisor": os.getpid(), "intake": intake.pid, "table": table.pid})
+            running = {"supervisor": os.getpid(), "intake": intake.pid, "table": table.pid}
+            if running != known:
+                folder.write("processes.json", running)
+                known = running
             time.sleep(0.05)
     finally:
         table.stop()

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         Console(stderr=True, highlight=False, markup=False).print(f"error: {error}", soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:
-        return 0
+        return 130
     return 0
 
 

@@ -62,11 +62,16 @@ def expected_of(window: Window, artefacts: ArtefactStore, federation: str, regis
 
 
 def refuse_unfit(
-    submission: Submission, expected: Expected, lease: bytes, caller: Caller, given: Mapping[str, IntArray]
+    submission: Submission,
+    expected: Expected,
+    lease: bytes,
+    caller: Caller,
+    given: Mapping[str, IntArray],
+    examples: int | None,
 ) -> None:
     """Raise Refused, with the reason, for a submission that may not count.
 
-    ``given`` are the rows that were given out under the lease.
+    ``given`` are the rows that were given out under the lease, ``examples`` how many the device said that it has.
     """
     _refuse_stranger(submission.belongs, expected.belongs, lease, caller)
     if submission.belongs.task == "evaluate":
@@ -75,10 +80,11 @@ def refuse_unfit(
                 raise Refused(Reason.NOT_FINITE, f"{caller.whose} says that its {name!r} is {each.sum} of {each.count}")
         return
     window, updates = expected.window, submission.updates
-    if submission.num_examples < 0 or (updates.weights[0] > 0) > (submission.num_examples > 0):
+    weight, count = float(updates.weights[0]), submission.num_examples
+    if (weight > 0 and count == 0) or (examples is not None and count > examples):
         raise Refused(
             Reason.NUM_EXAMPLES,
-            f"{caller.whose} gives weight {updates.weights[0]:g} to an update of {submission.num_examples} examples",
+            f"{caller.whose} gives weight {weight:g} to an update of {count} examples, and said that it has {examples}",
         )
     leased = {
         name: Leased(RowIds(np.array([0, len(ids)], dtype=np.int64), ids), source.width)

@@ -27,10 +27,13 @@ from fedtower.plugins.transports.grpc.refusals import Reason, Refused
 from fedtower.plugins.transports.grpc.tls import DeviceTls, refuse_contradiction
 from fedtower.plugins.transports.grpc.visitor import RoundOver, Visitor
 from fedtower.protos.v1 import federation_pb2 as pb
+from fedtower.recsys.bundle import InputError
+from fedtower.recsys.engine import EngineError
 from fedtower.recsys.shards import read_shard
 
 Said = Callable[[str, dict[str, Any]], None]
 
+_MOST_FAILURES = 3  # on end: it is not the one task that is at fault
 _FOR_GOOD = (Reason.UNKNOWN_DEVICE, Reason.REVOKED, Reason.OTHER_PROTOCOL, Reason.OTHER_FEDERATION)
 
 
@@ -102,7 +105,7 @@ class Device:
             cache_bytes=self.cache_bytes,
             hooks=self.hooks,
         )
-        done = 0
+        done = failures = 0
         while most_tasks is None or done < most_tasks:
             self._await_eligible()
             try:
@@ -111,10 +114,16 @@ class Device:
                     self.said("over", {"reason": leased.reason})
                     break
                 self._do(leased, visitor)
-                done += 1
+                done, failures = done + 1, 0
             except Later as later:
                 # A third more or less: devices that were sent away together do not come back together.
                 self.wait(later.seconds * chance.uniform(0.7, 1.3))
+            except (EngineError, InputError) as error:
+                failures += 1
+                self.said("failed", {"message": str(error)})
+                if failures == _MOST_FAILURES:
+                    raise
+                self.wait(chance.uniform(1.0, 5.0))
             except RoundOver as over:
                 self.said("round over", {"reason": str(over)})
             except Refused as refused:

@@ -21,7 +21,7 @@ from fedtower.plugins.transports.grpc.artefact_store import ArtefactStore
 from fedtower.plugins.transports.grpc.bounds import parse
 from fedtower.plugins.transports.grpc.checks import Expected, expected_of, refuse_unfit
 from fedtower.plugins.transports.grpc.codec import decode_submission, refuse_other_protocol
-from fedtower.plugins.transports.grpc.leased import LeasedRows
+from fedtower.plugins.transports.grpc.leased import LeasedRows, keep_only
 from fedtower.plugins.transports.grpc.meters import Meters
 from fedtower.plugins.transports.grpc.presence import Presence
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
@@ -127,6 +127,8 @@ class Intake:
                 )
                 if lease is not None:
                     self.meters.leased(window.task)
+                    if request.num_examples:
+                        self.leased.note_examples((window.round, window.task), lease.id, request.num_examples)
                     return pb.CheckInReply(lease=_lease_message(lease, window, self._seconds_left(lease, window)))
         return pb.CheckInReply(come_back=pb.ComeBack(seconds=self._pause(), reason="there is nothing to do now"))
 
@@ -158,7 +160,7 @@ class Intake:
                 f"{caller.whose} asked for rows of {request.source!r} that there are not; ids go from 0 to "
                 f"{-1 if source is None else source.num_rows - 1}",
             )
-        self.leased.note(request.lease, request.source, ids)
+        self.leased.note((round, task), request.lease, request.source, ids)
         try:
             async for chunk in self.rows(data):
                 self.meters.sent(len(chunk))
@@ -183,21 +185,21 @@ class Intake:
         request = parse(pb.ResumeRequest, data, whose=caller.whose)
         if len(request.digest) != 32:
             raise Refused(Reason.CORRUPT, f"{caller.whose} named a digest of {len(request.digest)} bytes; it has 32")
-        self._lease_of(caller, request.lease)
-        return pb.ResumeReply(held=pb.Held(offset=self.staging.held(request.lease, request.digest)))
+        window = self._lease_of(caller, request.lease)
+        return pb.ResumeReply(held=pb.Held(offset=self.staging.held(window, request.lease, request.digest)))
 
     async def submit(self, caller: Caller, parts: AsyncIterator[bytes]) -> pb.SubmitReply:
         """An upload: received, checked, made durable, and only then acknowledged."""
         header = await self._header(caller, parts)
         round, task = self._lease_of(caller, header.lease)
         async with self._memory.room(header.size):
-            payload = await self.staging.receive(header, caller.whose, _data_of(parts, caller.whose))
+            payload = await self.staging.receive((round, task), header, caller.whose, _data_of(parts, caller.whose))
             self.meters.received(len(payload))
             await asyncio.to_thread(self._check, caller, round, task, header, payload)
             try:
                 outcome = await self._durable(self.journal.accept(Upload(header.lease, header.digest, (payload,))))
             finally:
-                self.staging.forget(header.lease, header.digest)
+                self.staging.forget((round, task), header.lease, header.digest)
         _refuse_outcome(outcome, caller, round)
         self.meters.acknowledged(task, duplicate=outcome is Outcome.DUPLICATE)
         return pb.SubmitReply(acknowledged=pb.Acknowledged(duplicate=outcome is Outcome.DUPLICATE))
@@ -234,7 +236,8 @@ class Intake:
         submission = decode_submission(payload, caller.client, most_bytes=self.limits.upload_bytes)
         expected = self._open.get((round, task))
         if expected is not None:
-            refuse_unfit(submission, expected.expected, header.lease, caller, self.leased.of(header.lease))
+            given, examples = self.leased.of((round, task), header.lease)
+            refuse_unfit(submission, expected.expected, header.lease, caller, given, examples)
 
     def _lease_of(self, caller: Caller, lease: bytes) -> tuple[int, Task]:
         """The round and task of a lease. Raises Refused for one that is not the caller's."""
@@ -273,6 +276,8 @@ class Intake:
             for gone in self._open.keys() - wanted:
                 del self._open[gone]
                 self._leases = {lease: held for lease, held in self._leases.items() if held[:2] != gone}
+                for folder in (self.leased.folder, self.staging.folder):
+                    keep_only(folder, wanted)
             for round, task in wanted - self._open.keys():
                 window = read_window(self.folder / "windows", round, task)
                 if window is not None:

@@ -7,44 +7,50 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtower.core.checkpoint import storage_errors
+from fedtower.core.journal import Task
+from fedtower.plugins.transports.grpc.leased import folder_of
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
 from fedtower.protos.v1 import federation_pb2 as pb
 
 
 @dataclass(frozen=True)
 class Staging:
-    """Unfinished uploads as files, by lease and digest. An upload that comes in one go is never written here."""
+    """Unfinished uploads as files, by lease and digest, in a folder a window. An upload that comes in one go is never
+    written here.
+    """
 
     folder: Path
     most_bytes: int
 
-    def held(self, lease: bytes, digest: bytes) -> int:
+    def held(self, window: tuple[int, Task], lease: bytes, digest: bytes) -> int:
         """How many bytes of an upload are here."""
         try:
-            return self._path(lease, digest).stat().st_size
+            return self._path(window, lease, digest).stat().st_size
         except FileNotFoundError:
             return 0
 
-    async def receive(self, header: pb.SubmitHeader, whose: str, data: AsyncIterator[bytes]) -> bytes:
+    async def receive(
+        self, window: tuple[int, Task], header: pb.SubmitHeader, whose: str, data: AsyncIterator[bytes]
+    ) -> bytes:
         """The whole payload: what is here already, and what comes.
 
         Raises:
             Refused: more or less came than was announced; what came of one that ends early is kept.
         """
-        here = self._before(header, whose)
+        here = self._before(window, header, whose)
         pieces, size = [here] if here else [], len(here)
         try:
             async for piece in data:
                 size += len(piece)
                 if size > header.size:
-                    self.forget(header.lease, header.digest)
+                    self.forget(window, header.lease, header.digest)
                     raise Refused(
                         Reason.TOO_LARGE, f"{whose} announced an update of {header.size:,} bytes, and more came"
                     )
                 pieces.append(piece)
         finally:  # also when the line breaks, which ends this from outside
             if len(here) < size < header.size:
-                self._keep(header, len(here), b"".join(pieces)[len(here) :])
+                self._keep(window, header, len(here), b"".join(pieces)[len(here) :])
         if size < header.size:
             raise Refused(
                 Reason.TRUNCATED,
@@ -53,14 +59,14 @@ class Staging:
             )
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def forget(self, lease: bytes, digest: bytes) -> None:
+    def forget(self, window: tuple[int, Task], lease: bytes, digest: bytes) -> None:
         """Let go of what is here of an upload."""
-        self._path(lease, digest).unlink(missing_ok=True)
+        self._path(window, lease, digest).unlink(missing_ok=True)
 
-    def _before(self, header: pb.SubmitHeader, whose: str) -> bytes:
+    def _before(self, window: tuple[int, Task], header: pb.SubmitHeader, whose: str) -> bytes:
         if not header.offset:
             return b""
-        held = self.held(header.lease, header.digest)
+        held = self.held(window, header.lease, header.digest)
         if header.offset > held:
             raise Refused(
                 Reason.TRUNCATED,
@@ -68,16 +74,17 @@ class Staging:
                 f"before going on",
                 retry_after_seconds=0.1,
             )
-        with self._path(header.lease, header.digest).open("rb") as file:
+        with self._path(window, header.lease, header.digest).open("rb") as file:
             return file.read(header.offset)
 
-    def _keep(self, header: pb.SubmitHeader, offset: int, data: bytes) -> None:
+    def _keep(self, window: tuple[int, Task], header: pb.SubmitHeader, offset: int, data: bytes) -> None:
         with storage_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with self._path(header.lease, header.digest).open("r+b" if offset else "wb") as file:
+            path = self._path(window, header.lease, header.digest)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("r+b" if offset else "wb") as file:
                 file.seek(offset)
                 file.truncate()
                 file.write(data)
 
-    def _path(self, lease: bytes, digest: bytes) -> Path:
-        return self.folder / f"{lease.hex()}-{digest.hex()[:16]}"
+    def _path(self, window: tuple[int, Task], lease: bytes, digest: bytes) -> Path:
+        return self.folder / folder_of(*window) / f"{lease.hex()}-{digest.hex()[:16]}"

@@ -76,7 +76,7 @@ class TableSide:
     ) -> Iterator[Updates]:
         """The accepted updates of a cohort, one at a time, as they come. ``visit`` is the devices' own matter."""
         terms = self.terms if deadline is None else replace(self.terms, deadline_seconds=deadline)
-        window = self._opened(plan, "train", cohort.clients, self.target or len(cohort), terms)
+        window = self._opened(plan, "train", cohort.clients, min(self.target or len(cohort), len(cohort)), terms)
         for client, payload in self._accepted(window, terms):
             yield decode_submission(payload, client, most_bytes=self.most_bytes).updates
 
@@ -90,11 +90,6 @@ class TableSide:
                 totals[name] = MetricSum(held.sum + each.sum, held.count + each.count)
         self.committed(window.round, "evaluate")
         return totals
-
-    def elapsed(self, round: int) -> float:
-        """The seconds since a round was opened, whatever was killed meanwhile."""
-        window = read_window(self.windows, round, "train")
-        return 0.0 if window is None else elapsed(window.opened, self.clock())
 
     def chosen(self, round: int) -> IntArray | None:
         """The clients of a round that was opened before a kill; nothing if it was not."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 import grpc
 
@@ -81,6 +82,7 @@ class GrpcLine:
     rows: RowStore | None
     server: grpc.Server | None
     wait_for: int
+    keeps_time: ClassVar[bool] = True
 
     @classmethod
     def of(cls, settings: Grpc, opening: Opening) -> GrpcLine:
@@ -118,10 +120,6 @@ class GrpcLine:
     ) -> Iterator[Updates]:
         """The accepted updates of a cohort."""
         return self.side.exchange(plan, cohort, visit, draws, deadline)
-
-    def elapsed(self, round: int) -> float:
-        """The seconds since a round was opened."""
-        return self.side.elapsed(round)
 
     def choose(self, round: int, sampler: Sampler, draws: Draws) -> Cohort:
         """The cohort: as it was chosen before a kill, or out of those who called lately."""

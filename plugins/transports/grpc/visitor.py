@@ -18,7 +18,7 @@ import numpy as np
 from fedtower.core.checkpoint import storage_errors
 from fedtower.core.client import ClientSide
 from fedtower.core.draws import Draws
-from fedtower.core.errors import FedtowerError
+from fedtower.core.errors import FedtowerError, TrustError
 from fedtower.core.hooks import Hooks
 from fedtower.core.plan import FloatArray, Plan
 from fedtower.core.recipe import EvaluationSettings
@@ -211,12 +211,16 @@ class Visitor:
         """The plan of a lease: verified, then parsed, then held to what the lease says."""
         data = self._fetched(leased, to_artefact(leased.plan.artefact)).read_bytes()
         plan = open_plan(leased.plan, data, self.verifier)
+        if leased.client != self.shard.client:
+            raise TrustError(
+                f"this device enrolled as client {leased.client}, and its data is of client {self.shard.client}: enrol "
+                f"it with a code for that client (`fedtower enrol codes --first-client {self.shard.client}`)"
+            )
         if not plan.run.isalnum():  # a folder here will have its name
             raise Refused(Reason.CORRUPT, f"the server's plan is of the run {plan.run!r}, which is no name")
         for what, got, want in (
             ("federation", plan.federation, self.federation or plan.federation),
             ("round", plan.round, leased.round),
-            ("client", leased.client, self.shard.client),
         ):
             if got != want:
                 raise Refused(
@@ -241,7 +245,7 @@ class Visitor:
                         raise Refused(
                             Reason.WRONG_NAMES, f"the plan names the file {each.name!r}, which is no file's name"
                         )
-                    os.link(self._fetched(leased, each, keep), place / each.name)
+                    _link(self._fetched(leased, each, keep), place / each.name)
             self._opened = {plan.bundle.digest: Bundle.open(place)}
         return self._opened[plan.bundle.digest]
 
@@ -285,3 +289,11 @@ class Visitor:
             yield check
         finally:
             done.set()
+
+
+def _link(held: Path, name: Path) -> None:
+    """Give a file another name; where a disk cannot, make another file."""
+    try:
+        os.link(held, name)
+    except OSError:
+        shutil.copyfile(held, name)

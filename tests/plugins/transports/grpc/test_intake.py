@@ -101,7 +101,8 @@ class Federation:
     async def lease(self, client: int = 0) -> pb.Lease:
         """A lease, waited for as long as the round takes to open."""
         for _ in range(200):
-            reply = await self.intake.check_in(caller(client), pb.CheckInRequest(protocol=1).SerializeToString())
+            asked = pb.CheckInRequest(protocol=1, num_examples=9)
+            reply = await self.intake.check_in(caller(client), asked.SerializeToString())
             if reply.WhichOneof("outcome") == "lease":
                 return reply.lease
             await asyncio.sleep(0.02)
@@ -257,6 +258,7 @@ BAD_UPDATES: dict[str, tuple[Reason, dict[str, Any]]] = {
     ),
     "too long": (Reason.NORM, {"updates": spoilt(dense={"w": W * 1000, "b": B})}),
     "negative weight": (Reason.WEIGHT, {"updates": spoilt(weights=np.array([-1.0]))}),
+    "more than it has": (Reason.NUM_EXAMPLES, {"num_examples": lambda n: 10}),
     "weight of nothing": (Reason.NUM_EXAMPLES, {"num_examples": lambda n: 0}),
 }
 
@@ -318,6 +320,7 @@ def test_who_was_acknowledged_is_not_asked_again_and_late_is_late(federation: Fe
             await asyncio.sleep(0.02)
             if federation.reasons:
                 break
+        await asyncio.sleep(0.1)  # an intake knows of it 50 ms later
         with pytest.raises(Refused) as closed:
             await federation.rows(slow, 1)
         assert closed.value.reason in (Reason.ROUND_CLOSED, Reason.UNKNOWN_LEASE)
@@ -346,7 +349,7 @@ def test_an_upload_that_broke_off_goes_on_where_it_ended(federation: Federation)
         held = (await federation.intake.resume(caller(0), asked)).held.offset
         assert held == 100
         assert (await federation.submit(lease, good, offset=held)).WhichOneof("outcome") == "acknowledged"
-        assert not list((federation.intake.folder / "staging").iterdir())
+        assert not [path for path in (federation.intake.folder / "staging").rglob("*") if path.is_file()]
 
     with federation.open_round(target=1):
         asyncio.run(story())
