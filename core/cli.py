@@ -34,6 +34,7 @@ Exit codes:
   9    the model's scores are not numbers: the training diverged
   10   a signature, a certificate, a key or a token is not to be trusted
   11   the server cannot be reached
+  12   a server's process cannot be kept running
   130  interrupted
 """
 

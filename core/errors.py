@@ -75,6 +75,12 @@ class Unreachable(FedtowerError):
     exit_code = 11
 
 
+class ServingError(FedtowerError):
+    """A process of a federation cannot be kept running."""
+
+    exit_code = 12
+
+
 class ShapeMismatch(UpdateError):
     """An array does not have the shape that the plan asked for."""
 

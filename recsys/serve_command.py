@@ -53,7 +53,7 @@ def serve_command(
     insecure: bool,
     verbose: bool,
 ) -> None:
-    r"""Train a recipe over devices that call; or go on with a RUN that was served before.
+    """Train a recipe over devices that call; or go on with a RUN that was served before.
 
     \b
     Examples:

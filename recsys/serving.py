@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtower.core.checkpoint import storage_errors
-from fedtower.core.errors import FedtowerError, RecipeError
+from fedtower.core.errors import RecipeError, ServingError
 from fedtower.core.recipe import Recipe
 from fedtower.core.registry import Registry
 from fedtower.core.settings import plain
@@ -32,12 +32,6 @@ _GRACE_SECONDS = 15.0
 _MOST_DEATHS, _WITHIN_SECONDS = 5, 60.0
 # A recipe, data, a plugin, a checkpoint, a library, a model or a key is at fault: another try would end the same way.
 _FOR_GOOD = {2, 3, 4, 5, 7, 9, 10}
-
-
-class ServingError(FedtowerError):
-    """A process of a federation cannot be kept running."""
-
-    exit_code = 12
 
 
 @dataclass(frozen=True)

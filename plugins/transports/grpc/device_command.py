@@ -73,7 +73,10 @@ def device(
 
     It trains and evaluates in a process of its own, by the graphs that the server publishes and signs.
 
-    For example: fedtower device --server 127.0.0.1:7433 --data shards/client-000003.safetensors --code CODE
+    \b
+    Examples:
+      fedtower device --server HOST:7433 --data client-000003.safetensors --code CODE
+      fedtower device --server HOST:7433 --data client-000003.safetensors
     """
     made = _maker(registry, **shared, certificate=certificate, key=key)
     one = made(data, folder or data.with_suffix(".device"), code, _as_json if as_json else _in_words)
@@ -109,7 +112,9 @@ def swarm(
 
     They share a line to the server and an engine; each has its own data, token, cache and calls.
 
-    For example: fedtower swarm --server 127.0.0.1:7433 --data shards -n 20 --codes codes.txt
+    \b
+    Example:
+      fedtower swarm --server 127.0.0.1:7433 --data shards -n 20 --codes codes
     """
     shards = sorted(data.glob("client-*.safetensors"))[:count]
     if not shards or len(shards) < (count or 1):
