@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -39,6 +40,7 @@ HOST, PORT, KEYS = "127.0.0.1", 7433, Path("keys")
 )
 @click.option("--mutual", is_flag=True, help="Devices must show certificates of the folder's authority.")
 @click.option("--insecure", is_flag=True, help="Plaintext; on a loopback address only.")
+@click.option("--metrics-port", type=click.IntRange(1, 65535), help="Prometheus metrics, on 127.0.0.1; default: none.")
 @click.option("-v", "--verbose", is_flag=True, help="A row for every round.")
 @pass_registry
 def serve_command(
@@ -51,6 +53,7 @@ def serve_command(
     keys: Path,
     mutual: bool,
     insecure: bool,
+    metrics_port: int | None,
     verbose: bool,
 ) -> None:
     """Train a recipe over devices that call; or go on with a RUN that was served before.
@@ -71,6 +74,7 @@ def serve_command(
         keys=keys,
         mutual=mutual,
         insecure=insecure,
+        metrics_port=metrics_port,
         verbose=verbose,
     )
 
@@ -86,10 +90,12 @@ def serve_recipe(
     keys: Path = KEYS,
     mutual: bool = False,
     insecure: bool = False,
+    metrics_port: int | None = None,
     verbose: bool = False,
 ) -> None:
     """Serve a recipe, or go on with a run that was served before, until its last round."""
     door = with_port(_door(host, port, keys, mutual=mutual, insecure=insecure))
+    door = replace(door, metrics_port=metrics_port)
     console = Console(highlight=False)
     folder, loaded = _opened(name, overrides, runs, keys, registry)
     console.print(f"run: {folder.path}\ndevices call {host}:{door.port}", soft_wrap=True)

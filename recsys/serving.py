@@ -44,6 +44,7 @@ class Door:
     certificate: str | None = None
     key: str | None = None
     authority: str | None = None
+    metrics_port: int | None = None
 
 
 def found(folder: RunFolder, keys: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+from prometheus_client import start_http_server
 
 from fedtower.core.registry import Registry, discover
 from fedtower.core.settings import Part, build
@@ -40,6 +41,7 @@ class Address:
     certificate: str | None = None
     key: str | None = None
     authority: str | None = None
+    metrics_port: int | None = None
 
     def bind(self, server: grpc.aio.Server) -> int:
         """Add the port to a server; the port that it is.
@@ -72,14 +74,20 @@ async def serve(config: dict[str, Any], registry: Registry) -> None:
         log=lambda word, values: _log.info(json.dumps({"event": word, **values})),
     )
     server = public_server(intake, credentials, build(RateSettings, config.get("rates", {}), path="rates"))
-    port = build(Address, config["address"], path="address").bind(server)
+    address = build(Address, config["address"], path="address")
+    port = address.bind(server)
     await server.start()
+    scraped = None
+    if address.metrics_port is not None:  # to this machine alone: whoever scrapes from elsewhere has a proxy for it
+        scraped, _ = start_http_server(address.metrics_port, "127.0.0.1", intake.meters.registry)
     _write_ready(folder, port)
     stop = asyncio.Event()
     for word in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(word, stop.set)
     await stop.wait()
     await server.stop(DRAIN_SECONDS)  # no new calls; those that run may end
+    if scraped is not None:
+        scraped.shutdown()
     await channel.close()
     journal.close()
     credentials.close()

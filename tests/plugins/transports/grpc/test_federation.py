@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,8 +62,21 @@ class Served:
         self.runs = place / name
         options = [o for key, value in {**SMALL, **SERVED}.items() for o in ("-o", f"{key}={json.dumps(value)}")]
         self._log = (place / f"{name}.log").open("w+")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.metrics_port = probe.getsockname()[1]
         self._server = self._start(
-            "serve", "dssm-synthetic", "--port", "0", "--keys", str(place / "keys"), "--runs", str(self.runs), *options
+            "serve",
+            "dssm-synthetic",
+            "--port",
+            "0",
+            "--metrics-port",
+            str(self.metrics_port),
+            "--keys",
+            str(place / "keys"),
+            "--runs",
+            str(self.runs),
+            *options,
         )
         port = self.wait_for(lambda: json.loads((self.folder / "intake.json").read_text())["port"])
         self._swarm = self._start(
@@ -79,6 +94,12 @@ class Served:
     def rounds(self) -> int:
         """How many rounds are done."""
         return (self.folder / "log.jsonl").read_text().count('"round_finished"')
+
+    def metric(self, name: str) -> float:
+        """What Prometheus would read."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5.0) as page:
+            lines = page.read().decode().splitlines()
+        return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(name)), 0.0)
 
     def finish(self, seconds: float = 240.0) -> None:
         try:
@@ -168,6 +189,7 @@ def test_killed_at_any_time_it_ends_with_the_same_bits(place: Path, codes: Path,
     served = Served(place, "killed", codes)
     draws = np.random.default_rng(8)
     try:
+        served.wait_for(lambda: served.metric('fedtower_leases_total{task="train"}') > 0)
         for name in ("intake", "table", "intake", "table"):
             served.wait_for(lambda: served.rounds() >= 0)
             time.sleep(float(draws.uniform(0.2, 2.5)))
