@@ -5,7 +5,8 @@
     python benchmarks/peers.py --rounds 20 --only vectorized:workers=2 "pfl-research, 2 workers"
 
 The workload is ``tower`` of benchmarks/simulation.py. Each contestant is a program of its own that trains a round of
-100 clients when it is told to; they take turns, so that what slows one down slows the others down too. Before anything
+100 clients when it is told to; they take turns of four rounds, so that what slows one down slows the others down too,
+and the first of a turn is not counted: figures are of the steady state. Before anything
 is timed, each has to give the mean update of a float64 reference. The peers get their shuffled batches and negatives
 from a file; fedtower draws them itself, inside the time that is measured. Folding is in everybody's time.
 """
@@ -55,6 +56,7 @@ OURS = ("torch_loop", "vectorized", "vectorized:workers=2")
 FLOWER, PFL_1, PFL_2 = "Flower, 100 nodes", "pfl-research, 1 worker", "pfl-research, 2 workers"
 # Of a parameter's largest change. Flower averages parameters in float32: they are rounded by 6e-8 of their size, which
 # is 2e-5 of what a round changes. Another batch, or another negative, would be seen as more than 1e-3.
+TURN = 4
 TOLERANCE = 5e-5
 AIMS = {PFL_2: 20.0, FLOWER: 75.0}
 
@@ -262,9 +264,12 @@ def measure(every: Sequence[Contestant], arrays: Mapping[str, Any], rounds: int,
         except (OSError, RuntimeError) as error:
             failed[each.name] = str(error)
             each.stop()
-    for number in range(2, 2 + rounds):
+    for start in range(2, 2 + rounds, TURN):
         for each in ready:
-            each.train(number)
+            for number in range(start, min(start + TURN, 2 + rounds)):
+                each.train(number)
+            # Whoever had the cores before has left its own data in their caches.
+            del each.seconds[-TURN], each.cpu[-TURN]
     rows = {
         each.name: {
             "clients/s": COHORT / statistics.median(each.seconds),
@@ -299,12 +304,14 @@ def show(result: Mapping[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12, help="timed rounds of every contestant")
+    parser.add_argument("--rounds", type=int, default=20, help=f"rounds of every contestant, a multiple of {TURN}")
     parser.add_argument("--only", nargs="*", help="contestants by name; all when none is named")
     parser.add_argument("--peers-python", type=Path, help="an interpreter that has the peers")
     parser.add_argument("--out", type=Path, default=HERE.with_name("peers.json"))
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    if args.rounds < TURN or args.rounds % TURN:
+        parser.error(f"--rounds must be a multiple of {TURN}")
     if args.serve:
         serve(args.serve)
         return
