@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
+from fedtower.core.draws import Draws
 from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.recipe import load_recipe
 from fedtower.core.registry import Registry, discover
@@ -21,7 +22,7 @@ from fedtower.plugins.runtimes.torch_loop.runtime import Loop, TorchLoop
 from fedtower.recsys import parity as parity_module
 from fedtower.recsys.device_commands import parity as command
 from fedtower.recsys.models import Declared
-from fedtower.recsys.parity import Line, parity
+from fedtower.recsys.parity import Line, _nudged, parity
 
 SMALL = (
     "cohort.size=3",
@@ -128,3 +129,13 @@ def test_every_runtime_that_is_expected_is_equal(optimizer: str) -> None:
     registry = discover()
     recipe = load_recipe("dssm-synthetic", (*SMALL, f"local.optimizer={optimizer}", "local.lr=0.01"), registry)
     assert all(line.holds for line in parity(recipe, registry))
+
+
+def test_a_nudge_moves_no_number_further_than_to_its_neighbour() -> None:
+    given = {"w": np.array([[0.0, 1.0], [-2.5, 3e-20]], np.float32)}
+    moved = [_nudged(given, Draws(4), nudge)["w"] for nudge in range(1, 30)]
+    below, above = (np.nextafter(given["w"], np.float32(end)) for end in (-np.inf, np.inf))
+    for value in moved:
+        assert value.dtype == np.float32
+        assert np.all((value >= below) & (value <= above))
+    assert all(len({value[at] for value in moved}) == 3 for at in np.ndindex(2, 2))
