@@ -13,9 +13,9 @@ from fedtower.core.checking import Leased
 from fedtower.core.draws import Draws
 from fedtower.core.hooks import Hooks
 from fedtower.core.plan import Plan
-from fedtower.core.rows import RowIds, RowStore, distinct
+from fedtower.core.rows import RowIds, RowReader, distinct
 from fedtower.core.runtime import Runtime, Work
-from fedtower.core.store import ClientStore
+from fedtower.core.store import StateStore
 from fedtower.core.transform import States, Transform, on_client
 from fedtower.core.updates import Updates
 
@@ -69,9 +69,9 @@ class ClientSide:
 
     data: ClientData
     runtime: Runtime
-    rows: RowStore | None
+    rows: RowReader | None
     transforms: Sequence[Transform]
-    store: ClientStore
+    store: StateStore
     hooks: Hooks
     draws: Draws
     device_state: tuple[str, ...] = ()  # names in the store that are parameters of the model
@@ -135,7 +135,7 @@ class ClientSide:
         self.staged.clear()
 
 
-def fetch(rows: RowStore, source: str, needed: RowIds) -> NDArray[np.float32]:
+def fetch(rows: RowReader, source: str, needed: RowIds) -> NDArray[np.float32]:
     """The rows that each client of a block needs, (R, D); those that many need are computed once."""
     ids, place = distinct(needed.ids)
     return rows.fetch(source, ids).take(place, axis=0)

@@ -29,16 +29,20 @@ class RowIds:
         return self.ids[self.offsets[position] : self.offsets[position + 1]]
 
 
-class RowStore(Protocol):
+class RowReader(Protocol):
+    """Rows by id, as clients are given them."""
+
+    def fetch(self, source: str, ids: IntArray) -> FloatArray:
+        """The rows of ``ids``, (n, D). Raises RowOutOfRange for an id that the source does not have."""
+        ...
+
+
+class RowStore(RowReader, Protocol):
     """Cloud tables and cloud towers, seen as rows by id."""
 
     @property
     def generation(self) -> int:
         """How many times the store has been stepped."""
-        ...
-
-    def fetch(self, source: str, ids: IntArray) -> FloatArray:
-        """The rows of ``ids``, (n, D). Raises RowOutOfRange for an id that the source does not have."""
         ...
 
     def apply(self, deltas: Mapping[str, tuple[IntArray, FloatArray]], lr_scale: float) -> None:

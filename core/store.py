@@ -9,7 +9,7 @@ import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,22 @@ FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
 _INDEX = "clients.json"
+
+
+class StateStore(Protocol):
+    """What a client's visit needs of a store: that of all clients in a simulation, one device's own in deployment."""
+
+    def declare(self, name: str, initial: FloatArray) -> None:
+        """Keep an array called ``name`` for every client; ``initial`` (*shape) is everybody's first value."""
+        ...
+
+    def read(self, name: str, clients: IntArray) -> FloatArray:
+        """The values of ``clients``, (C, *shape); a copy."""
+        ...
+
+    def write(self, name: str, clients: IntArray, values: FloatArray) -> None:
+        """Keep ``values`` (C, *shape) for ``clients``, which are distinct."""
+        ...
 
 
 class ClientStore:

@@ -19,7 +19,7 @@ from fedtower.core.settings import Part
 from fedtower.core.signing import Signer
 from fedtower.core.transport import Transport
 from fedtower.recsys.bundle import Bundle
-from fedtower.recsys.evaluation import Role
+from fedtower.recsys.evaluation import MetricSum, Role
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Line(Transport, Protocol):
         """The cohort of a round, out of the clients that are there; it waits until there are enough."""
         ...
 
-    def judged(self, plan: Plan, role: Role) -> Mapping[str, tuple[float, int]]:
+    def judged(self, plan: Plan, role: Role) -> Mapping[str, MetricSum]:
         """Sums and counts of metrics over the held-out items of the devices that are there."""
         ...
 

@@ -1,6 +1,6 @@
 """What a device does with its one shard: it makes batches of it, and ranks its held-out items with the forward graph.
 
-Everything here needs only numpy and the bundle's engine. Rows come by id from a :class:`~fedtower.core.rows.RowStore`.
+Everything here needs only numpy and the bundle's engine. Rows come by id from a :class:`~fedtower.core.rows.RowReader`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedtower.core.client import ClientData
 from fedtower.core.draws import Draws
-from fedtower.core.rows import RowStore
+from fedtower.core.rows import RowReader
 from fedtower.recsys import metrics
 from fedtower.recsys.batches import SequenceData
 from fedtower.recsys.device import BundleScorer
@@ -60,7 +60,7 @@ class Held:
     def judge(
         self,
         scorer: BundleScorer,
-        rows: RowStore | None,
+        rows: RowReader | None,
         own: Mapping[str, FloatArray],
         role: Role,
         settings: EvaluationSettings,
@@ -91,7 +91,7 @@ class ShardScorer:
     """
 
     scorer: BundleScorer
-    rows: RowStore
+    rows: RowReader
     own: Mapping[str, FloatArray]
     data: ShardedHistories
     split: Split
@@ -121,7 +121,7 @@ class ShardScorer:
         return self.score(clients, cut, everything)
 
 
-def _logits(scorer: BundleScorer, rows: RowStore | None, held: Examples) -> FloatArray:
+def _logits(scorer: BundleScorer, rows: RowReader | None, held: Examples) -> FloatArray:
     """The logits of labelled examples, (E,) or (E, K), in batches of the size that the graph was made for."""
     manifest = scorer.bundle.manifest
     size = manifest.settings.batch_size

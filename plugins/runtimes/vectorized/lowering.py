@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch._inductor import ir, lowering  # the next one cannot be imported before these
@@ -27,8 +26,12 @@ _OPERATIONS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
 def small_products() -> Iterator[None]:
     """While this lasts, the compiler makes small products of floats by :mod:`.products`, and others by the library."""
     known = lowering.lowerings
-    with patch.dict(known, {each: partial(_lowered, known[each]) for each in _OPERATIONS}):
+    theirs: dict[Any, Any] = {each: known[each] for each in _OPERATIONS}
+    known.update({each: partial(_lowered, library) for each, library in theirs.items()})
+    try:
         yield
+    finally:
+        known.update(theirs)
 
 
 def _lowered(library: Any, left: Any, right: Any, **settings: Any) -> Any:

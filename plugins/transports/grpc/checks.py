@@ -76,8 +76,10 @@ def refuse_unfit(
     _refuse_stranger(submission.belongs, expected.belongs, lease, caller)
     if submission.belongs.task == "evaluate":
         for name, each in submission.sums.items():
-            if not np.isfinite(each.sum) or each.count < 0:
-                raise Refused(Reason.NOT_FINITE, f"{caller.whose} says that its {name!r} is {each.sum} of {each.count}")
+            if not np.isfinite(each.total) or each.cases < 0:
+                raise Refused(
+                    Reason.NOT_FINITE, f"{caller.whose} says that its {name!r} is {each.total} of {each.cases}"
+                )
         return
     window, updates = expected.window, submission.updates
     weight, count = float(updates.weights[0]), submission.num_examples

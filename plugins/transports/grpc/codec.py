@@ -19,6 +19,7 @@ from fedtower.plugins.transports.grpc.bounds import parse
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
 from fedtower.plugins.transports.grpc.tensors import Array, named, shaped, to_array, to_tensor
 from fedtower.protos.v1 import federation_pb2 as pb
+from fedtower.recsys.evaluation import MetricSum
 
 PROTOCOL = 1
 MOST_TENSORS = 4_096
@@ -39,14 +40,6 @@ class Belongs:
     round: int
     lease: bytes
     task: Task = "train"
-
-
-@dataclass(frozen=True)
-class MetricSum:
-    """A metric over a device's held-out items: the sum, and of how many."""
-
-    sum: float
-    count: int
 
 
 @dataclass(frozen=True)
@@ -90,7 +83,7 @@ def encode_submission(submission: Submission) -> bytes:
             for name, each in updates.encoded.items()
         ],
         metrics={name: float(values[0]) for name, values in updates.metrics.items()},
-        sums=[pb.MetricSum(name=name, sum=each.sum, count=each.count) for name, each in submission.sums.items()],
+        sums=[pb.MetricSum(name=name, sum=each.total, count=each.cases) for name, each in submission.sums.items()],
     )
     return message.SerializeToString(deterministic=True)
 

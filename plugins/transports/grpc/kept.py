@@ -19,7 +19,7 @@ from fedtower.core.rows import FloatArray, IntArray
 
 @dataclass(frozen=True)
 class KeptOnDevice:
-    """A :class:`~fedtower.core.store.ClientStore` of one client: an array file each, written whole or not at all."""
+    """A :class:`~fedtower.core.store.StateStore` of one client: an array file each, written whole or not at all."""
 
     folder: Path
     client: int

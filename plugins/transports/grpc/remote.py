@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedtower.core.rows import FloatArray, IntArray
 from fedtower.plugins.transports.grpc.caller import Caller
@@ -17,7 +15,7 @@ from fedtower.plugins.transports.grpc.refusals import Reason, Refused
 
 @dataclass(frozen=True)
 class RemoteRows:
-    """A :class:`~fedtower.core.rows.RowStore` that only fetches: tables are stepped in the cloud.
+    """A :class:`~fedtower.core.rows.RowReader` over the wire; tables are stepped in the cloud.
 
     A row that was fetched under this lease is not fetched again.
     """
@@ -25,7 +23,6 @@ class RemoteRows:
     caller: Caller
     lease: bytes
     sources: Mapping[str, RowSource]
-    generation: int = 0
     _held: dict[str, tuple[IntArray, FloatArray]] = field(default_factory=dict, repr=False)
 
     def fetch(self, source: str, ids: IntArray) -> FloatArray:
@@ -51,14 +48,3 @@ class RemoteRows:
             known, rows = np.concatenate([known, missing])[order], np.concatenate([rows, came])[order]
             self._held[source] = (known, rows)
         return np.asarray(rows[np.searchsorted(known, ids)])
-
-    def apply(self, deltas: Mapping[str, tuple[IntArray, FloatArray]], lr_scale: float) -> NoReturn:
-        """A device does not step the cloud's tables."""
-        raise NotImplementedError("rows are stepped in the cloud")
-
-    def snapshot(self) -> Mapping[str, NDArray[Any]]:
-        """Nothing: a device keeps no rows."""
-        return {}
-
-    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Nothing to restore."""

@@ -6,7 +6,7 @@ so memory does not grow with the cohort; a process that was killed reads the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,9 +23,10 @@ from fedtower.core.transport import Abandoned, Visit
 from fedtower.core.updates import Updates
 from fedtower.plugins.transports.grpc.artefact_store import ArtefactStore
 from fedtower.plugins.transports.grpc.artefacts import Artefact, encode_parameter
-from fedtower.plugins.transports.grpc.codec import MetricSum, decode_submission
+from fedtower.plugins.transports.grpc.codec import decode_submission
 from fedtower.plugins.transports.grpc.plans import PublishedPlan, encode_plan, sign_plan
 from fedtower.plugins.transports.grpc.windows import Window, forget_windows, read_window
+from fedtower.recsys.evaluation import MetricSum
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class TableSide:
         for client, payload in self._in_vain(self._accepted(window, self.terms)):
             for name, each in decode_submission(payload, client, most_bytes=self.most_bytes).sums.items():
                 held = totals.get(name, MetricSum(0.0, 0))
-                totals[name] = MetricSum(held.sum + each.sum, held.count + each.count)
+                totals[name] = MetricSum(held.total + each.total, held.cases + each.cases)
         self.committed(window.round, "evaluate")
         return totals
 
@@ -196,8 +197,3 @@ class TableSide:
 def elapsed(since: Instant, now: Instant) -> float:
     """Seconds since an instant; a machine that was started anew has waited long enough."""
     return now.seconds - since.seconds if since.boot == now.boot else float("inf")
-
-
-def means(totals: Mapping[str, MetricSum]) -> dict[str, float]:
-    """Sums as means; what nobody had is left out."""
-    return {name: each.sum / each.count for name, each in totals.items() if each.count}

@@ -24,7 +24,7 @@ from fedtower.plugins.transports.grpc.presence import present
 from fedtower.plugins.transports.grpc.rows import LockedRows, serve_rows
 from fedtower.plugins.transports.grpc.table import TableSide, Terms
 from fedtower.recsys.bundle import MANIFEST
-from fedtower.recsys.evaluation import Role
+from fedtower.recsys.evaluation import MetricSum, Role
 from fedtower.recsys.line import Opening
 
 _LONGEST_SOCKET = 100
@@ -130,11 +130,10 @@ class GrpcLine:
         chosen = there[sampler.sample(round, len(there), draws).clients]
         return Cohort(round, chosen, int(there.max()) + 1)
 
-    def judged(self, plan: Plan, role: Role) -> Mapping[str, tuple[float, int]]:
+    def judged(self, plan: Plan, role: Role) -> Mapping[str, MetricSum]:
         """Sums and counts over the devices that are there."""
         side = replace(self.side, template=replace(self.side.template, evaluation=_with(self.side, role)))
-        totals = side.judged(plan, self._those_there())
-        return {name: (each.sum, each.count) for name, each in totals.items()}
+        return side.judged(plan, self._those_there())
 
     def committed(self, round: int) -> None:
         """What came of a round is in the state."""

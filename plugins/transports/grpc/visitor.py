@@ -29,7 +29,7 @@ from fedtower.core.updates import Updates
 from fedtower.plugins.transports.grpc.artefacts import Artefact, decode_parameter, to_artefact
 from fedtower.plugins.transports.grpc.cache import ArtefactCache
 from fedtower.plugins.transports.grpc.caller import Caller, Leased
-from fedtower.plugins.transports.grpc.codec import Belongs, MetricSum, Submission, encode_submission
+from fedtower.plugins.transports.grpc.codec import Belongs, Submission, encode_submission
 from fedtower.plugins.transports.grpc.engines import Engines
 from fedtower.plugins.transports.grpc.kept import KeptOnDevice
 from fedtower.plugins.transports.grpc.plans import PublishedPlan, open_plan
@@ -37,6 +37,7 @@ from fedtower.plugins.transports.grpc.refusals import Reason, Refused
 from fedtower.plugins.transports.grpc.remote import RemoteRows
 from fedtower.recsys.bundle import Bundle, read_tensors, write_tensors
 from fedtower.recsys.device import BundleScorer
+from fedtower.recsys.evaluation import MetricSum
 from fedtower.recsys.on_device import Held
 from fedtower.recsys.shards import Shard
 
@@ -177,7 +178,7 @@ class Visitor:
             runtime=self.engines.runtime(bundle, plan.local),
             rows=rows if published.rows else None,
             transforms=transforms,
-            store=store,  # type: ignore[arg-type]
+            store=store,
             hooks=self.hooks,
             draws=held.draws,
             device_state=bundle.manifest.on_device,
@@ -196,8 +197,7 @@ class Visitor:
         scorer = BundleScorer(bundle, self.engines.format, newer=plan.parameters)
         own = dict(self._kept(published, bundle).snapshot())
         with self.engines.alone():
-            sums = held.judge(scorer, rows if published.rows else None, own, role, settings)
-        return {name: MetricSum(each.total, each.cases) for name, each in sums.items()}
+            return held.judge(scorer, rows if published.rows else None, own, role, settings)
 
     def _kept(self, published: PublishedPlan, bundle: Bundle) -> KeptOnDevice:
         kept = KeptOnDevice(self.folder / "own" / published.run, self.shard.client)

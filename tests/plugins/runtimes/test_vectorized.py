@@ -277,20 +277,21 @@ def test_a_second_death_is_told_of(crew: tuple[Case, Plan, Work, Crew]) -> None:
 
 def test_a_visit_is_the_same_with_workers(crew: tuple[Case, Plan, Work, Crew]) -> None:
     case, plan, work, opened = crew
-    sides = []
+    sides, stores = [], []
     for runtime in (PLAIN.open(case.model, plan.local), opened):
         data = runtime.prepares(Given(work)) if isinstance(runtime, Preparing) else Given(work)
         store = ClientStore(9)
         for name, value in case.model.device_parameters().items():
             store.declare(name, value)
         own = case.model.on_device
+        stores.append(store)
         sides.append(ClientSide(data, runtime, Rows(), (), store, Hooks.none(), Draws(1), device_state=own))
     clients = np.arange(9)
     for _ in range(2):  # what stayed on the devices counts
         assert_same_bits(sides[1].visit(plan, clients), sides[0].visit(plan, clients))
         for side in sides:
             side.settle(clients, np.ones(9, dtype=bool))
-    assert_same_bits(dict(sides[1].store.snapshot()), dict(sides[0].store.snapshot()))
+    assert_same_bits(dict(stores[1].snapshot()), dict(stores[0].snapshot()))
 
 
 class Rows:

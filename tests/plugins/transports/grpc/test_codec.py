@@ -21,7 +21,6 @@ from fedtower.core.updates import Rows, Updates
 from fedtower.plugins.transports.grpc import bounds
 from fedtower.plugins.transports.grpc.codec import (
     Belongs,
-    MetricSum,
     Submission,
     decode_submission,
     encode_submission,
@@ -29,6 +28,7 @@ from fedtower.plugins.transports.grpc.codec import (
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused, refusal_of_check
 from fedtower.plugins.transports.grpc.tensors import DTYPES, to_array, to_tensor
 from fedtower.protos.v1 import federation_pb2 as pb
+from fedtower.recsys.evaluation import MetricSum
 
 MIB = 1 << 20
 BELONGS = Belongs("shops", b"m" * 32, 3, b"l" * 16)
