@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import import_module, metadata
+from importlib import import_module, metadata, resources
 from typing import Any, Protocol
 
 from fedtower.core.errors import FedtowerError, MissingDependency, PluginError, nearest
@@ -14,7 +14,9 @@ from fedtower.core.errors import FedtowerError, MissingDependency, PluginError, 
 class Kind:
     """A kind of part: the protocol that its parts follow and the test class that proves it, as ``"module:Name"``.
 
-    ``template`` is the folder, ``"package:path"``, that ``fedtower plugins new`` makes a package of.
+    ``template`` is the folder, ``"package:path"``, that ``fedtower plugins new`` makes a package of. The target of an
+    offer is ``"module:Name"``, or for a kind with a ``reader`` a data file, ``"package:path"``: the reader, a function,
+    is given the offer's name and the registry.
     """
 
     name: str
@@ -22,6 +24,7 @@ class Kind:
     promises: str
     template: str
     summary: str
+    reader: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,21 @@ class Offer:
     def package(self) -> str:
         """The distribution and its version."""
         return f"{self.distribution} {self.version}".strip()
+
+
+def read_target(offer: Offer) -> str:
+    """The text of the file that an offer names.
+
+    Raises:
+        PluginError: it cannot be read.
+    """
+    package, _, file = offer.target.partition(":")
+    try:
+        return resources.files(package).joinpath(file).read_text("utf-8")
+    except (OSError, ModuleNotFoundError, UnicodeDecodeError) as error:
+        raise PluginError(
+            f"the {offer.kind} {offer.name!r} of {offer.origin} cannot be read from {offer.target}: {error}"
+        ) from error
 
 
 def load_target(offer: Offer) -> Any:

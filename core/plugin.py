@@ -67,6 +67,7 @@ KINDS = (
         seam="fedtower.core.recipe:Recipe",
         promises="fedtower.core.testing.recipe:RecipePromises",
         template="fedtower.core:scaffold/recipe",
+        reader="fedtower.core.recipe:load_recipe",
         summary="a whole run, as TOML",
     ),
     Kind(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from fedtower.core.checking import CheckSettings
 from fedtower.core.discovery import Gate
-from fedtower.core.errors import MissingDependency, PluginError, RecipeError, nearest
-from fedtower.core.offers import Offer
+from fedtower.core.errors import MissingDependency, RecipeError, nearest
+from fedtower.core.offers import read_target
 from fedtower.core.overrides import NamedPart, apply_overrides
 from fedtower.core.plan import LocalSettings, RowSettings, StandaloneSettings
 from fedtower.core.registry import Registry, discover
@@ -254,23 +253,12 @@ SECTION_OF = {
 """The section in which a recipe names a part of each kind."""
 
 
-def recipe_text(offer: Offer) -> str:
-    """The TOML of an offered recipe."""
-    package, _, file = offer.target.partition(":")
-    try:
-        return resources.files(package).joinpath(file).read_text("utf-8")
-    except (OSError, ModuleNotFoundError, UnicodeDecodeError) as error:
-        raise PluginError(
-            f"the recipe {offer.name!r} of {offer.origin} cannot be read from {offer.target}: {error}"
-        ) from error
-
-
 def _read(name_or_path: str | Path, registry: Registry) -> tuple[str, str]:
     """The text of a recipe, and what to call it."""
     path = Path(name_or_path)
     if isinstance(name_or_path, str) and path.suffix != ".toml":
         offer = registry.get("recipe", name_or_path)
-        return recipe_text(offer), f"the recipe {offer.name}"
+        return read_target(offer), f"the recipe {offer.name}"
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -31,10 +31,18 @@ class Line:
     points: Sequence[Point]
 
 
-def line_chart(lines: Sequence[Line], *, name: str, x_name: str, y_format: Callable[[float], str]) -> Markup:
+def line_chart(
+    lines: Sequence[Line],
+    *,
+    name: str,
+    x_name: str,
+    y_format: Callable[[float], str],
+    x_format: Callable[[float], str] | None = None,
+) -> Markup:
     """A drawing of ``lines``, the first in the page's first colour.
 
     ``name`` is what is drawn; with ``x_name`` it is said to those who cannot see the drawing, and to whom points at it.
+    With ``x_format`` the axis is logarithmic, with a tick at every power of ten.
 
     Raises:
         ValueError: no line has a point.
@@ -46,11 +54,21 @@ def line_chart(lines: Sequence[Line], *, name: str, x_name: str, y_format: Calla
     y_ticks = ticks(min(y for _, y in points), max(y for _, y in points), 5)
     low_x, high_x = min(0.0, *(x for x, _ in points)), max(x for x, _ in points)
     x_ticks = ticks(low_x, high_x, 6)
+    if x_format is not None:
+        low_x, high_x = (
+            f(math.log10(max(x, 1.0))) for f, x in ((math.floor, min(points)[0]), (math.ceil, max(points)[0]))
+        )
+        high_x = max(high_x, low_x + 1)
+        x_ticks = [float(power) for power in range(int(low_x), int(high_x) + 1)]
     low_y, high_y = min(y_ticks[0], min(y for _, y in points)), max(y_ticks[-1], max(y for _, y in points))
 
     def across(x: float) -> str:
+        x = x if x_format is None else math.log10(max(x, 1.0))
         share = (x - low_x) / (high_x - low_x) if high_x > low_x else 0.5
         return _number(_LEFT + share * (WIDTH - _LEFT - _RIGHT))
+
+    def x_words(x: float) -> str:
+        return f"{x:,.4g}" if x_format is None else x_format(x)
 
     def down(y: float) -> str:
         share = (y - low_y) / (high_y - low_y) if high_y > low_y else 0.5
@@ -61,9 +79,10 @@ def line_chart(lines: Sequence[Line], *, name: str, x_name: str, y_format: Calla
         drawn.append(tag("line", class_="grid", x1=_LEFT, x2=WIDTH - _RIGHT, y1=down(y), y2=down(y)))
         drawn.append(tag("text", f"{y:,.10g}", x=_LEFT - 7, y=down(y), text_anchor="end", dominant_baseline="middle"))
     for x in (x for x in x_ticks if x <= high_x and x == int(x)):
+        x = x if x_format is None else 10.0**x
         at = across(x)
         drawn.append(tag("line", class_="tick", x1=at, x2=at, y1=HEIGHT - _BOTTOM, y2=HEIGHT - _BOTTOM + 4))
-        drawn.append(tag("text", f"{x:,.10g}", x=at, y=HEIGHT - _BOTTOM + 16, text_anchor="middle"))
+        drawn.append(tag("text", x_words(x), x=at, y=HEIGHT - _BOTTOM + 16, text_anchor="middle"))
     drawn.append(tag("text", x_name, x=(_LEFT + WIDTH - _RIGHT) / 2, y=HEIGHT - 6, text_anchor="middle"))
     for position, line in enumerate(thinned):
         said = f"{line.label}, " if len(lines) > 1 else ""
@@ -71,7 +90,7 @@ def line_chart(lines: Sequence[Line], *, name: str, x_name: str, y_format: Calla
         dots = [
             tag(
                 "circle",
-                tag("title", f"{said}{x_name} {x:,.4g}: {name} {y_format(y)}"),
+                tag("title", f"{said}{x_name} {x_words(x)}: {name} {y_format(y)}"),
                 class_="dot" if len(line.points) <= _MOST_DOTS else "dot faint",
                 cx=across(x),
                 cy=down(y),

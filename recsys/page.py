@@ -59,9 +59,9 @@ def render(runs: Sequence[Told]) -> str:
     name = str(runs[0].record.started.get("name", runs[0].label))
     title = name if len(runs) == 1 else f"{len(runs)} runs side by side"
     main = [
-        [section(runs) for section in (_key_figures, _warnings, _figures, _curves)],
+        [of(runs) for of in (_key_figures, _warnings, _figures, _curves)],
         tag("div", [_cost(runs), _data(runs), _retrieval(runs)], class_="beside"),
-        [section(runs) for section in (_surroundings, _recipes)],
+        [of(runs) for of in (_surroundings, _recipes)],
     ]
     body = [
         tag("header", tag("h1", title), _head(runs)),
@@ -136,13 +136,13 @@ def _figures(runs: Sequence[Told]) -> Markup:
     """A table for each protocol: the baseline, each run, and how two runs differ."""
     labels = _labels(runs)
     if not labels:
-        return _section("Test figures", tag("p", "No run here has been judged on its test data yet.", class_="muted"))
+        return section("Test figures", tag("p", "No run here has been judged on its test data yet.", class_="muted"))
     remark = tag(
         "p",
         "Figures of different protocols cannot be compared with each other: with sampled negatives they are higher.",
         class_="muted",
     )
-    return _section(
+    return section(
         "Test figures",
         *([remark] if len(labels) > 1 else []),
         tag("div", [_protocol_table(runs, label) for label in labels], class_="tables"),
@@ -183,7 +183,7 @@ def _protocol_table(runs: Sequence[Told], label: str) -> Markup:
             cells.append(tag("td", times if shares else _difference(base, values[0])))
         rows.append(tag("tr", tag("th", name, scope="row"), cells))
     judged = _judged(runs, label)
-    return _table(heads, rows, caption=f"Protocol: {label}{judged}")
+    return table(heads, rows, caption=f"Protocol: {label}{judged}")
 
 
 def _curves(runs: Sequence[Told]) -> Markup:
@@ -216,9 +216,9 @@ def _curves(runs: Sequence[Told]) -> Markup:
         if any(line.points for line in of)
     ]
     if not figures:
-        return _section("Learning curves", tag("p", "No round is finished yet.", class_="muted"))
+        return section("Learning curves", tag("p", "No round is finished yet.", class_="muted"))
     legend = tag("ul", [tag("li", key(position), run.label) for position, run in enumerate(runs)], class_="legend")
-    return _section("Learning curves", *([legend] if len(runs) > 1 else []), tag("div", figures, class_="charts"))
+    return section("Learning curves", *([legend] if len(runs) > 1 else []), tag("div", figures, class_="charts"))
 
 
 def _metric(name: str, event: Event) -> float | None:
@@ -256,7 +256,7 @@ def _cost(runs: Sequence[Told]) -> Markup:
     ]
     heads = ["", *_columns(runs)]
     rows = [tag("tr", tag("th", name, scope="row"), [tag("td", of(run)) for run in runs]) for name, of in measures]
-    return _section("What it cost", _table(heads, rows))
+    return section("What it cost", table(heads, rows))
 
 
 def _data(runs: Sequence[Told]) -> Markup | None:
@@ -288,7 +288,7 @@ def _data(runs: Sequence[Told]) -> Markup | None:
         )
         for name in extra
     ]
-    return _section("Data", _table(heads, rows), *remarks)
+    return section("Data", table(heads, rows), *remarks)
 
 
 def _retrieval(runs: Sequence[Told]) -> Markup | None:
@@ -309,7 +309,7 @@ def _retrieval(runs: Sequence[Told]) -> Markup | None:
         tag("tr", tag("th", name, scope="row"), [tag("td", "–" if index is None else of(index)) for index in indexes])
         for name, of in measures
     ]
-    return _section("Retrieval", _table(["", *_columns(runs)], rows))
+    return section("Retrieval", table(["", *_columns(runs)], rows))
 
 
 def _warnings(runs: Sequence[Told]) -> Markup | None:
@@ -318,7 +318,7 @@ def _warnings(runs: Sequence[Told]) -> Markup | None:
         for run in runs
         for event in run.record.warnings
     ]
-    return _section("Warnings", *notes) if notes else None
+    return section("Warnings", *notes) if notes else None
 
 
 def _surroundings(runs: Sequence[Told]) -> Markup | None:
@@ -333,7 +333,7 @@ def _surroundings(runs: Sequence[Told]) -> Markup | None:
         tag("tr", tag("th", name, scope="row"), [tag("td", each.get(name, "–")) for _, each in seen]) for name in names
     ]
     plugins = [_plugins(None if one else label, each.get("plugins", [])) for label, each in seen if each.get("plugins")]
-    return _section("Versions and plugins", _table(heads, rows), *plugins)
+    return section("Versions and plugins", table(heads, rows), *plugins)
 
 
 def _plugins(label: str | None, plugins: Sequence[Mapping[str, Any]]) -> Markup:
@@ -350,7 +350,7 @@ def _plugins(label: str | None, plugins: Sequence[Mapping[str, Any]]) -> Markup:
     said = (
         f"{len(plugins)} plugins" + (f", {lost} of them not active" if lost else "") + (f" ({label})" if label else "")
     )
-    return tag("details", tag("summary", said), _table(columns, rows, words=True))
+    return tag("details", tag("summary", said), table(columns, rows, words=True))
 
 
 def _recipes(runs: Sequence[Told]) -> Markup:
@@ -360,7 +360,7 @@ def _recipes(runs: Sequence[Told]) -> Markup:
         else tag("p", f"{run.record.folder / RECIPE} is not there.", class_="muted")
         for run in runs
     ]
-    return _section("Recipes" if len(runs) > 1 else "Recipe", *shown)
+    return section("Recipes" if len(runs) > 1 else "Recipe", *shown)
 
 
 def _foot(runs: Sequence[Told]) -> list[Markup]:
@@ -379,15 +379,17 @@ def _foot(runs: Sequence[Told]) -> list[Markup]:
 # Pieces
 
 
-def _section(title: str, *parts: object) -> Markup:
+def section(title: str, *parts: object) -> Markup:
+    """A part of a page, under a heading."""
     return tag("section", tag("h2", title), list(parts))
 
 
-def _table(heads: Sequence[str], rows: Sequence[Markup], *, caption: str | None = None, words: bool = False) -> Markup:
+def table(heads: Sequence[str], rows: Sequence[Markup], *, caption: str | None = None, words: bool = False) -> Markup:
+    """A table that is scrolled sideways where it is too wide; of ``words``, not of figures."""
     head = tag("thead", tag("tr", [tag("th", name, scope="col") if name else tag("td") for name in heads]))
     named = tag("caption", caption) if caption else None
-    table = tag("table", named, head, tag("tbody", list(rows)), class_="words" if words else None)
-    return tag("div", table, class_="scroll", tabindex="0")
+    whole = tag("table", named, head, tag("tbody", list(rows)), class_="words" if words else None)
+    return tag("div", whole, class_="scroll", tabindex="0")
 
 
 def _columns(runs: Sequence[Told]) -> list[str]:

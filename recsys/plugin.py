@@ -41,6 +41,14 @@ KINDS = (
         template="fedtower.recsys:scaffold/index",
         summary="finds the items that suit a user",
     ),
+    Kind(
+        "suite",
+        seam="fedtower.recsys.suite:Suite",
+        promises="fedtower.recsys.testing.suite:SuitePromises",
+        template="fedtower.recsys:scaffold/suite",
+        summary="runs recipes over seeds, and lays their figures out",
+        reader="fedtower.recsys.suite:load_suite",
+    ),
 )
 
 COMMANDS = (
@@ -51,6 +59,7 @@ COMMANDS = (
     ("export", "device_commands:export", "write a run's model as a bundle for devices"),
     ("parity", "device_commands:parity", "compare the runtimes: do they give the same numbers?"),
     ("serve", "serve_command:serve_command", "train a recipe over devices that call"),
+    ("bench", "bench_command:bench", "run a suite of recipes over seeds, and compare"),
     ("recipes", "commands:recipes", "list the recipes that can be run by name"),
     ("report", "report:report_command", "write one HTML page about one run or several"),
     ("data", "data_command:data", "prepare a data set and show its card"),

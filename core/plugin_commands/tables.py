@@ -11,8 +11,8 @@ from rich.text import Text
 
 from fedtower.core.errors import FedtowerError
 from fedtower.core.hooks import FAMILIES, hook_names, hooks_of
-from fedtower.core.offers import Offer
-from fedtower.core.recipe import SECTION_OF, SECTIONS, recipe_text
+from fedtower.core.offers import Offer, read_target
+from fedtower.core.recipe import SECTION_OF, SECTIONS
 from fedtower.core.registry import PluginStatus, Registry
 from fedtower.core.settings import describe, toml_value
 
@@ -52,7 +52,7 @@ def print_part(registry: Registry, offer: Offer, console: Console | None = None)
     console.print(Text(f"{offer.kind} {offer.name}", style="bold"), Text(f"- {offer.summary}" if offer.summary else ""))
     loaded: Any = None
     trouble = ""
-    if offer.kind != "recipe":
+    if not kind.reader:
         try:
             loaded = registry.load(offer.kind, offer.name)
         except FedtowerError as error:
@@ -71,8 +71,8 @@ def print_part(registry: Registry, offer: Offer, console: Console | None = None)
         if value:
             facts.add_row(Text(name, style="dim"), Text(value, overflow="fold"))
     console.print(facts)
-    if offer.kind == "recipe":
-        console.print(Text(f"\n{recipe_text(offer)}"), soft_wrap=True)
+    if kind.reader:
+        console.print(Text(f"\n{read_target(offer)}"), soft_wrap=True)
     elif loaded is not None:
         _print_settings(console, offer, loaded)
     console.print()

@@ -11,7 +11,6 @@ from typing import Any
 
 from fedtower.core.errors import MissingDependency, PluginError
 from fedtower.core.offers import Offer
-from fedtower.core.recipe import load_recipe
 from fedtower.core.registry import Registry, discover
 from fedtower.core.settings import Part
 from fedtower.core.testing.observer import ObserverPromises
@@ -43,8 +42,9 @@ def maker(registry: Registry, offer: Offer) -> Callable[[], Any]:
     """Makes the part again and again: with the settings of its capability ``example``, or with its defaults."""
     if offer.kind == "command":
         return lambda: registry.load("command", offer.name)
-    if offer.kind == "recipe":
-        return lambda: load_recipe(offer.name, registry=registry)
+    module, _, reader = registry.kind(offer.kind).reader.partition(":")
+    if reader:
+        return lambda: getattr(import_module(module), reader)(offer.name, registry=registry)
     # Made when it is first wanted: an example may be as large as a database server.
     example = cache(lambda: example_settings(offer))
 

@@ -11,7 +11,7 @@ REGISTRY = discover()
 
 HOW_MANY = {
     "aggregator": 1,
-    "command": 17,
+    "command": 18,
     "dataset": 6,
     "exporter": 2,
     "journal": 2,
@@ -22,6 +22,7 @@ HOW_MANY = {
     "sampler": 2,
     "server_optimizer": 2,
     "signer": 1,
+    "suite": 3,
     "tracker": 3,
     "transform": 1,
     "transport": 2,

@@ -1,0 +1,1 @@
+"""Suites: benchmarks as data."""

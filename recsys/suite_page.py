@@ -1,0 +1,220 @@
+"""What a suite reached, to read: one self-contained HTML page, and Markdown."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from importlib import resources
+from string import Template
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedtower.recsys.chart import Line, key, line_chart
+from fedtower.recsys.markup import Markup, join, tag
+from fedtower.recsys.page import section, table
+from fedtower.recsys.suite import TOTALS, Column, Layout, Plot
+from fedtower.recsys.suite_figures import Difference, Results, Row, Spread
+from fedtower.recsys.units import figure, in_bytes, in_count, in_seconds
+
+HOW = (
+    "Mean over seeds, and after ± the standard deviation. A difference is taken seed by seed; p is of a two-sided "
+    "paired t-test, and nothing is said of one seed. Published figures are those of the source that is named."
+)
+
+
+def render_suite(results: Results) -> str:
+    """The page, whole."""
+    main = [
+        [_table(results, layout) for layout in results.layouts],
+        _plots(results),
+        _failures(results),
+        _runs(results),
+    ]
+    body = [tag("header", tag("h1", results.suite.title), _head(results)), tag("main", main)]
+    template = Template(resources.files("fedtower.recsys").joinpath("report.html").read_text("utf-8"))
+    return template.substitute(title=join(f"{results.suite.title} – fedtower"), body=join(body))
+
+
+def in_markdown(results: Results) -> str:
+    """The tables, in Markdown."""
+    lines = [f"# {results.suite.title}", "", *_about(results), ""]
+    for layout in results.layouts:
+        out = io.StringIO()
+        Console(file=out, width=1000, color_system=None).print(console_table(results, layout, box.MARKDOWN))
+        lines += [
+            f"## {layout.title}",
+            "",
+            *(line.rstrip() for line in out.getvalue().splitlines() if line.strip()),
+            "",
+        ]
+        lines += [f"{note}\n" for note in _notes(results, layout)]
+    return "\n".join([*lines, HOW, ""])
+
+
+def console_table(results: Results, layout: Layout, style: box.Box = box.SIMPLE_HEAD) -> Table:
+    """One table, for a terminal or for Markdown."""
+    shown = Table(box=style, pad_edge=style is box.MARKDOWN)
+    shown.add_column("", min_width=16)
+    for head in _heads(results, layout):
+        shown.add_column(head, justify="right")
+    for row in results.table(layout):
+        shown.add_row(Text(row.entry.words), *(Text(cell) for cell in _cells(results, layout, row)))
+    return shown
+
+
+def in_words(column: Column, value: float | None) -> str:
+    """One figure with its unit.
+
+    >>> in_words(Column("bytes_up"), 2_000_000), in_words(Column("accuracy", 0.97), 12.25), in_words(Column("AUC"), 0.7)
+    ('2.0 MB', '12.2', '0.700')
+    """
+    if value is None:
+        return "–"
+    if column.reach is not None:
+        return f"{value:.1f}"
+    return _unit(column.of)(value)
+
+
+def _unit(name: str) -> Callable[[float], str]:
+    if name.startswith("bytes"):
+        return in_bytes
+    return {"seconds": in_seconds, "rounds": in_count}.get(name, figure)
+
+
+def _about(results: Results) -> list[str]:
+    seeds = sorted({run.seed for run in results.runs})
+    protocols = dict.fromkeys(run.protocol for run in results.runs if run.protocol)
+    said = [
+        results.suite.about,
+        f"Seeds {', '.join(map(str, seeds)) or 'none yet'}; judged by {' / '.join(protocols) or 'nothing yet'}.",
+    ]
+    if results.quick:
+        said.append("This is the quick form: fewer rounds and seeds, to see that it works. Its figures are lower.")
+    if len(results.runs) < results.planned:
+        said.append(f"{len(results.runs)} of {results.planned} runs are done; the same command goes on.")
+    return [line for line in said if line]
+
+
+def _head(results: Results) -> list[Markup]:
+    return [tag("p", line) for line in (*_about(results), HOW)]
+
+
+def _heads(results: Results, layout: Layout) -> list[str]:
+    heads = []
+    for column in layout.all_columns:
+        heads.append(column.head)
+        if _has_published(results, layout, column):
+            heads.append("published")
+        if _has_differences(results, layout, column):
+            heads.append("diff.")
+    return heads
+
+
+def _cells(results: Results, layout: Layout, row: Row) -> list[str]:
+    cells = []
+    for column in layout.all_columns:
+        cells.append(_spread(column, row, row.figures.get(column.key)))
+        if _has_published(results, layout, column):
+            cells.append(in_words(column, row.entry.published.get(column.key)))
+        if _has_differences(results, layout, column):
+            cells.append(_apart(column, row.differences.get(column.key)))
+    return cells
+
+
+def _spread(column: Column, row: Row, spread: Spread | None) -> str:
+    if spread is None:
+        never = column.reach is not None and row.runs > row.failed
+        return "never" if never else "failed" if row.failed else "–"
+    said = in_words(column, spread.mean)
+    if spread.count > 1 and column.of not in TOTALS:
+        said += f" ± {in_words(column, spread.deviation)}"
+    missing = row.runs - row.failed - spread.count
+    return said + (f" ({missing} never)" if column.reach is not None and missing else "")
+
+
+def _apart(column: Column, apart: Difference | None) -> str:
+    if apart is None:
+        return "–"
+    said = f"{'+' if apart.mean >= 0 else '−'}{in_words(column, abs(apart.mean))}"
+    return said + ("" if apart.p is None else f" (p {apart.p:.2g})")
+
+
+def _has_published(results: Results, layout: Layout, column: Column) -> bool:
+    return any(column.key in row.entry.published for row in results.table(layout))
+
+
+def _has_differences(results: Results, layout: Layout, column: Column) -> bool:
+    return column.of not in TOTALS and any(column.key in row.differences for row in results.table(layout))
+
+
+def _notes(results: Results, layout: Layout) -> list[str]:
+    rows = results.table(layout)
+    sources = [f"{row.entry.words}: {row.entry.source}" for row in rows if row.entry.source]
+    against = dict.fromkeys(
+        f"{row.entry.words} against {results.suite.entry(row.entry.against).words}" for row in rows if row.differences
+    )
+    said = [layout.note] if layout.note else []
+    said += [f"Differences: {'; '.join(against)}."] if against else []
+    return said + ([f"Published: {'; '.join(sources)}."] if sources else [])
+
+
+def _table(results: Results, layout: Layout) -> Markup:
+    rows = results.table(layout)
+    best = _best(rows, layout)
+    drawn = []
+    for row in rows:
+        cells = []
+        for index, column in enumerate(layout.all_columns):
+            spread = row.figures.get(column.key)
+            is_best = spread is not None and best[index] is not None and spread.mean == best[index] and len(rows) > 1
+            cells.append(tag("td", _spread(column, row, spread), class_="best" if is_best else None))
+            if _has_published(results, layout, column):
+                cells.append(tag("td", in_words(column, row.entry.published.get(column.key))))
+            if _has_differences(results, layout, column):
+                cells.append(tag("td", _apart(column, row.differences.get(column.key))))
+        drawn.append(tag("tr", tag("th", row.entry.words, scope="row"), cells))
+    notes = [tag("p", note, class_="muted") for note in _notes(results, layout)]
+    return section(layout.title, table(["", *_heads(results, layout)], drawn), notes)
+
+
+def _best(rows: Sequence[Row], layout: Layout) -> list[float | None]:
+    found: list[float | None] = []
+    for column in layout.all_columns:
+        values = [spread.mean for row in rows if (spread := row.figures.get(column.key)) is not None]
+        of = min if column.less_is_better else max
+        found.append(of(values) if len(set(values)) > 1 and column.of not in TOTALS else None)
+    return found
+
+
+def _plots(results: Results) -> Markup | None:
+    drawn = [figure for plot in results.suite.plots if (figure := _plot(results, plot)) is not None]
+    return section("Plots", tag("div", drawn, class_="charts")) if drawn else None
+
+
+def _plot(results: Results, plot: Plot) -> Markup | None:
+    lines = [Line(title, points) for title, points in results.curves(plot)]
+    if not lines:
+        return None
+    x_format = None if plot.x == "rounds" else _unit(plot.x)
+    x_name = "round" if plot.x == "rounds" else TOTALS.get(plot.x, plot.x)
+    drawing = line_chart(lines, name=plot.y, x_name=x_name, y_format=_unit(plot.y), x_format=x_format)
+    legend = [tag("span", key(place), " ", line.label) for place, line in enumerate(lines)]
+    return tag("figure", tag("h3", plot.title), tag("p", [[each, " "] for each in legend], class_="legend"), drawing)
+
+
+def _failures(results: Results) -> Markup | None:
+    failed = [run for run in results.runs if run.error]
+    notes = [tag("p", f"{run.entry}, seed {run.seed}: {run.error}", class_="note") for run in failed]
+    return section("Runs that failed", *notes) if notes else None
+
+
+def _runs(results: Results) -> Markup:
+    rows = [
+        tag("tr", tag("th", run.entry, scope="row"), tag("td", run.seed), tag("td", run.folder or "failed"))
+        for run in results.runs
+    ]
+    shown = table(["entry", "seed", "run folder"], rows, words=True)
+    return section("Runs", tag("details", tag("summary", f"{len(results.runs)} runs"), shown))

@@ -1,0 +1,159 @@
+"""What a suite's file may say, and the figures that are made of runs, by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from scipy.stats import t as students_t
+
+from fedtower.core.errors import RecipeError
+from fedtower.core.registry import discover
+from fedtower.core.settings import build
+from fedtower.recsys.runlog import RunLog
+from fedtower.recsys.suite import Column, Entry, Layout, Plot, Suite, load_suite, tasks_of
+from fedtower.recsys.suite_figures import Finished, Results, difference, finished_run, mean_curve, reached
+from fedtower.recsys.suite_page import in_markdown, render_suite
+
+ENTRIES = (
+    Entry("small", "dssm-synthetic", "Small", ("cohort.size=5",), published={"HR@10": 0.7}, source="Somebody, 2020"),
+    Entry("large", "dssm-synthetic", "Large <b>", ("cohort.size=9",), ("rounds=2",), against="small"),
+)
+TABLE = Layout("Figures", ("HR@10", Column("accuracy", 0.9), "bytes_up"))
+SUITE = Suite("Sizes", ENTRIES, (TABLE,), seeds=(1, 2, 3), plots=(Plot("Bytes", y="HR@10", x="bytes_up"),))
+
+
+def run_of(entry: str, seed: int, hits: float, reach: float | None = None) -> Finished:
+    figures = {"HR@10": hits, "bytes_up": 1e6 * seed} | ({} if reach is None else {"rounds to accuracy 0.9": reach})
+    return Finished(entry, seed, "runs/x", figures=figures, protocol="sampled, 99 negatives")
+
+
+RUNS = (
+    *(run_of("small", seed, hits, 10.0) for seed, hits in ((1, 0.70), (2, 0.72), (3, 0.71))),
+    run_of("large", 1, 0.73, 8.0),
+    run_of("large", 2, 0.74),
+    Finished("large", 3, error="the disk is full"),
+)
+RESULTS = Results("sizes", SUITE, quick=False, runs=RUNS, planned=6)
+
+
+def test_mean_and_deviation_are_over_the_seeds_that_finished() -> None:
+    small, large = RESULTS.table(TABLE)
+    found = small.figures["HR@10"]
+    assert found is not None
+    assert [found.mean, found.deviation, found.count] == pytest.approx([0.71, 0.01, 3])
+    assert (large.runs, large.failed) == (3, 1)
+
+
+def test_a_difference_is_paired_by_seed_and_its_p_is_students() -> None:
+    ours, theirs = {1: 0.73, 2: 0.74, 3: 0.76, 9: 0.1}, {1: 0.70, 2: 0.72, 3: 0.71, 8: 0.9}
+    found = difference("small", ours, theirs)
+    assert found is not None
+    apart = [0.03, 0.02, 0.05]
+    mean = sum(apart) / 3
+    deviation = (sum((each - mean) ** 2 for each in apart) / 2) ** 0.5
+    assert [found.mean, found.count] == pytest.approx([mean, 3])
+    assert found.p == pytest.approx(2 * students_t.sf(mean / (deviation / 3**0.5), df=2))
+
+
+def test_one_seed_or_equal_differences_say_nothing_of_significance() -> None:
+    for ours, theirs in (({1: 2.0}, {1: 1.0}), ({1: 2.0, 2: 3.0}, {1: 1.0, 2: 2.0})):
+        found = difference("other", ours, theirs)
+        assert found is not None
+        assert (found.mean, found.p) == (1.0, None)
+
+
+@pytest.mark.parametrize(
+    ("points", "target", "falling", "expected"),
+    [
+        ([(1, 0.90), (2, 0.96), (3, 0.95), (4, 0.98)], 0.97, False, 3.5),
+        ([(5, 0.99)], 0.97, False, 5.0),
+        ([(1, 0.5), (2, 0.9)], 0.97, False, None),
+        ([], 0.97, False, None),
+        ([(1, 0.8), (2, 0.6), (3, 0.7), (4, 0.4)], 0.5, True, 3.5),
+    ],
+)
+def test_rounds_to_a_target_by_hand(
+    points: list[tuple[float, float]], target: float, falling: bool, expected: float | None
+) -> None:
+    found = reached(points, target, falling=falling)
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_a_mean_curve_has_the_rounds_that_all_have() -> None:
+    assert mean_curve([[(1, 1.0), (2, 2.0), (4, 4.0)], [(2, 4.0), (4, 0.0)]]) == [(2, 3.0), (4, 2.0)]
+    assert mean_curve([]) == []
+
+
+def test_the_figures_of_a_run_are_those_of_its_log(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    log.append("run_started", name="x", mode="simulated", seed=1, rounds=3)
+    for round, accuracy in ((1, 0.8), (2, 0.9), (3, 0.95)):
+        log.append("round", round=round, loss=1 / round, clients=4, bytes_up=100, bytes_down=300, seconds=0.5)
+        log.append("evaluation", round=round, role="validation", label="v", metrics={"accuracy": accuracy})
+    log.append("evaluation", round=3, role="test", label="held out", metrics={"accuracy": 0.93})
+    columns = [Column("accuracy"), Column("accuracy", 0.85), Column("bytes_up"), Column("bytes_down_a_visit")]
+    plots = [Plot("curve", "accuracy"), Plot("loss", "loss")]
+    found = finished_run("x", 1, log.record(), [*columns, Column("rounds"), Column("AUC")], plots)
+    assert found.figures == {
+        "accuracy": 0.93,
+        "rounds to accuracy 0.85": pytest.approx(1.5),
+        "bytes_up": 300,
+        "bytes_down_a_visit": 75,
+        "rounds": 3,
+    }
+    assert found.curves["accuracy"] == [(1, 0.8), (2, 0.9), (3, 0.95)]
+    assert found.curves["loss"] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+
+
+def test_what_is_read_says_who_failed_who_never_came_there_and_what_is_published() -> None:
+    text, page = in_markdown(RESULTS), render_suite(RESULTS)
+    assert "| 0.710 ± 0.010 |" in text
+    assert "8.0 (1 never)" in text
+    assert "Published: Small: Somebody, 2020." in text
+    assert "the disk is full" in page
+    assert "Large &lt;b&gt;" in page
+    assert "Large <b>" not in page
+    half = Results("sizes", SUITE, quick=True, runs=RUNS[:2], planned=6)
+    assert "2 of 6 runs are done; the same command goes on." in in_markdown(half)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"titel": "x"}, "titel is not a setting of Suite"),
+        ({"seeds": []}, "at least one seed"),
+        ({"entries": [{"name": "a", "recipe": "r"}, {"name": "a", "recipe": "r"}]}, "'a' is there twice"),
+        ({"entries": [{"name": "a", "recipe": "r", "against": "b"}]}, "against names the entry 'b'"),
+        ({"tables": [{"title": "t", "columns": ["AUC"], "entries": ["dssn"]}]}, "did you mean 'dssm'"),
+        ({"tables": [{"title": "t", "columns": [{"of": "AUC", "reech": 1.0}]}]}, "tables.0.columns.0"),
+    ],
+)
+def test_a_suite_that_is_wrong_says_what(change: dict[str, object], complaint: str) -> None:
+    right = {
+        "title": "t",
+        "entries": [{"name": "dssm", "recipe": "dssm-synthetic"}],
+        "tables": [{"title": "t", "columns": ["AUC"]}],
+    }
+    assert build(Suite, right, path="").seeds == (1, 2, 3)
+    with pytest.raises(RecipeError, match=complaint):
+        build(Suite, {**right, **change}, path="")
+
+
+def test_the_runs_of_a_suite_are_its_entries_with_every_seed() -> None:
+    registry = discover()
+    tasks = tasks_of(SUITE, registry)
+    assert [task.name for task in tasks] == [f"{name}-s{seed}" for seed in (1, 2, 3) for name in ("small", "large")]
+    assert [task.recipe.cohort.settings["size"] for task in tasks[:2]] == [5, 9]
+    assert {task.recipe.seed for task in tasks} == {1, 2, 3}
+    quick = tasks_of(SUITE, registry, quick=True, only=["large"], options=["local.lr=0.5"])
+    assert [(task.recipe.rounds, task.recipe.local.lr) for task in quick] == [(2, 0.5)]
+    with pytest.raises(RecipeError, match="did you mean 'large'"):
+        tasks_of(SUITE, registry, only=["larg"])
+    with pytest.raises(RecipeError, match=r"the entry 'small'.*chort"):
+        tasks_of(SUITE, registry, options=["chort.size=3"])
+
+
+def test_a_suite_that_nobody_offers_names_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'movielens'"):
+        load_suite("movielans", discover())
