@@ -5,14 +5,14 @@ Intakes and devices import this: it knows no tensor library.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from fedtower.core.cohort import Cohort, Sampler
 from fedtower.core.draws import Draws
-from fedtower.core.journal import Journal
+from fedtower.core.journal import Journal, RoundRecord, Task
 from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.rows import RowStore
 from fedtower.core.settings import Part
@@ -40,6 +40,49 @@ class Opening:
     journal: Journal
     signer: Signer
     said: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A window that is open: so many of ``clients`` may answer, ``target`` are enough, ``accepted`` have.
+
+    ``seconds_left`` is the time until its deadline.
+    """
+
+    round: int
+    task: Task
+    clients: int
+    target: int
+    accepted: int
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was counted at the public port since the run was first served, through all kills: leases and acknowledged
+    updates by task, calls and updates refused by reason, and bytes of updates up and of artefacts and rows down.
+
+    A kill forgets what was counted in the second before it.
+    """
+
+    leases: Mapping[str, int] = field(default_factory=dict)
+    acknowledged: Mapping[str, int] = field(default_factory=dict)
+    duplicates: int = 0
+    refusals: Mapping[str, int] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a federation stands, as its transport's files say: the devices that are there, how many a round waits for,
+    the windows that are open, and what was counted.
+    """
+
+    there: int
+    needed: int
+    open: Sequence[Waiting]
+    counts: Counts
 
 
 class Line(Transport, Protocol):
@@ -83,4 +126,11 @@ class DeployedTransport(Protocol):
 
     def open(self, opening: Opening) -> Line:
         """The line to the devices of a federation."""
+        ...
+
+    def standing(self, folder: Path, windows: Sequence[RoundRecord], cohort_size: int | None) -> Standing:
+        """How the federation in ``folder`` stands; nothing is changed, whether it is served now or was once.
+
+        ``windows`` are those of its journal.
+        """
         ...

@@ -60,6 +60,7 @@ COMMANDS = (
     ("parity", "device_commands:parity", "compare the runtimes: do they give the same numbers?"),
     ("serve", "serve_command:serve_command", "train a recipe over devices that call"),
     ("bench", "bench_command:bench", "run a suite of recipes over seeds, and compare"),
+    ("status", "status_command:status_command", "how a served run stands"),
     ("recipes", "commands:recipes", "list the recipes that can be run by name"),
     ("report", "report:report_command", "write one HTML page about one run or several"),
     ("data", "data_command:data", "prepare a data set and show its card"),

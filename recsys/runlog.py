@@ -7,7 +7,8 @@ Every line has ``event`` and ``time``; the other keys depend on the event:
 ``data``           ``card``: the data card; ``headline``: the metrics to look at first
 ``model``          ``shared_bytes``: what a plan carries; ``table_bytes``: the cloud's tables, which no client is sent
 ``resumed``        ``round``: from where; what was logged of later rounds no longer counts
-``round``          ``round``, ``loss``, ``metrics``, ``clients``, ``dropped``, ``bytes_up``, ``bytes_down``, ``seconds``
+``round``          ``round``, ``loss``, ``metrics``, ``clients``, ``dropped``, ``bytes_up``, ``bytes_down``,
+                   ``seconds``; ``refused``, where there were such: how many updates did not count, by reason
 ``evaluation``     ``round``, ``role``, ``label``, ``metrics``, ``cases``, ``users``
 ``baseline``       ``name``, ``role``, ``label``, ``metrics``
 ``checkpoint``     ``round``, ``path``
@@ -63,7 +64,7 @@ class RunLog:
         Raises:
             StorageError: the file cannot be written.
         """
-        line = json.dumps(_plain({"event": event, "time": self.clock().isoformat(timespec="seconds"), **values}))
+        line = json.dumps(plain_values({"event": event, "time": self.clock().isoformat(timespec="seconds"), **values}))
         try:
             # One write to a file opened for appending: lines of two writers do not mix, and a kill tears the last one
             # only.
@@ -86,11 +87,8 @@ class RunLog:
         except OSError as error:
             raise CheckpointError(f"the log {self.path} cannot be read ({error.strerror}); {_HOLDS}") from error
         for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and isinstance(event.get("event"), str):
+            event = event_of(line)
+            if event is not None:
                 yield event
 
     def record(self) -> RunRecord:
@@ -99,31 +97,10 @@ class RunLog:
         Of a round that was run twice, and of anything else that was said twice, the later line counts; of rounds after
         the one that a run was resumed from, none of the earlier lines does.
         """
-        kept: dict[tuple[str, ...], Event] = {}
+        gathered = Gathered()
         for event in self.events():
-            kind = event["event"]
-            if kind == "resumed":
-                undone = [key for key, old in kept.items() if _is_undone(old, event)]
-                kept = {key: old for key, old in kept.items() if key not in undone}
-            key = (kind, *(str(event.get(name)) for name in _SAME.get(kind, ())))
-            kept.pop(key, None)
-            kept[key] = event
-        of = {kind: tuple(event for key, event in kept.items() if key[0] == kind) for kind in _KINDS}
-        return RunRecord(
-            folder=self.folder,
-            started=of["run_started"][-1] if of["run_started"] else {},
-            card=of["data"][-1].get("card", {}) if of["data"] else {},
-            headline=tuple(of["data"][-1].get("headline", ())) if of["data"] else (),
-            model=of["model"][-1] if of["model"] else {},
-            rounds=tuple(sorted(of["round"], key=lambda event: event.get("round", 0))),
-            evaluations=of["evaluation"],
-            baselines=of["baseline"],
-            checkpoints=of["checkpoint"],
-            index=of["index"][-1] if of["index"] else None,
-            warnings=of["warning"],
-            resumed=of["resumed"],
-            finished=of["run_finished"][-1] if of["run_finished"] else None,
-        )
+            gathered.add(event)
+        return gathered.record(self.folder)
 
     @staticmethod
     def _ends_whole(file: Any) -> bool:
@@ -131,6 +108,73 @@ class RunLog:
             return True
         file.seek(-1, 2)
         return bool(file.read(1) == b"\n")
+
+
+def event_of(line: bytes) -> Event | None:
+    """The event of a line, if it is one and whole."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("event"), str) else None
+
+
+class Gathered:
+    """The events of a log that count, as far as they have been read."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, ...], Event] = {}
+
+    def add(self, event: Event) -> None:
+        """The next event: it may make earlier ones void."""
+        kind = event["event"]
+        if kind == "resumed":
+            self._kept = {key: old for key, old in self._kept.items() if not _is_undone(old, event)}
+        key = (kind, *(str(event.get(name)) for name in _SAME.get(kind, ())))
+        self._kept.pop(key, None)
+        self._kept[key] = event
+
+    def record(self, folder: Path) -> RunRecord:
+        """All of them, by what they are about."""
+        of: dict[str, list[Event]] = {kind: [] for kind in _KINDS}
+        for key, event in self._kept.items():
+            of.setdefault(key[0], []).append(event)
+        return RunRecord(
+            folder=folder,
+            started=of["run_started"][-1] if of["run_started"] else {},
+            card=of["data"][-1].get("card", {}) if of["data"] else {},
+            headline=tuple(of["data"][-1].get("headline", ())) if of["data"] else (),
+            model=of["model"][-1] if of["model"] else {},
+            rounds=tuple(sorted(of["round"], key=lambda event: event.get("round", 0))),
+            evaluations=tuple(of["evaluation"]),
+            baselines=tuple(of["baseline"]),
+            checkpoints=tuple(of["checkpoint"]),
+            index=of["index"][-1] if of["index"] else None,
+            warnings=tuple(of["warning"]),
+            resumed=tuple(of["resumed"]),
+            finished=of["run_finished"][-1] if of["run_finished"] else None,
+        )
+
+
+class Followed:
+    """The log of a run that goes on: each look reads what was added since the last one."""
+
+    def __init__(self, log: RunLog) -> None:
+        self._log, self._gathered, self._read = log, Gathered(), 0
+
+    def record(self) -> RunRecord:
+        """What counts of the log now; nothing of one that is not there yet."""
+        try:
+            with self._log.path.open("rb") as file:
+                file.seek(self._read)
+                whole, newline, _torn = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            whole = newline = b""
+        self._read += len(whole) + len(newline)
+        for event in map(event_of, whole.splitlines()):
+            if event is not None:
+                self._gathered.add(event)
+        return self._gathered.record(self._log.folder)
 
 
 @dataclass(frozen=True)
@@ -271,16 +315,16 @@ def _bare(event: Event) -> dict[str, Any]:
     return {key: value for key, value in event.items() if key not in ("event", "time")}
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """``value`` as JSON can hold it: numpy's numbers as Python's, paths as text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_values(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain_values(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -14,7 +14,7 @@ from fedtower.core.errors import RecipeError, TrustError
 from fedtower.core.recipe import Recipe, check, load_recipe
 from fedtower.core.registry import Registry
 from fedtower.recsys.run_folder import RunFolder
-from fedtower.recsys.serving import Door, found, intake_module, serve, with_port
+from fedtower.recsys.serving import Door, found, intake_module, serve, with_ports
 
 HOST, PORT, KEYS = "127.0.0.1", 7433, Path("keys")
 
@@ -40,7 +40,18 @@ HOST, PORT, KEYS = "127.0.0.1", 7433, Path("keys")
 )
 @click.option("--mutual", is_flag=True, help="Devices must show certificates of the folder's authority.")
 @click.option("--insecure", is_flag=True, help="Plaintext; on a loopback address only.")
-@click.option("--metrics-port", type=click.IntRange(1, 65535), help="Prometheus metrics, on 127.0.0.1; default: none.")
+@click.option(
+    "--status-port",
+    "--metrics-port",
+    "status_port",
+    default=0,
+    type=click.IntRange(0, 65535),
+    help="Of the live page, /health, /metrics and /status.json; default: any that is free.",
+)
+@click.option(
+    "--status-host", default=HOST, show_default=True, help="Its address; whoever reaches it may read it, in plaintext."
+)
+@click.option("--no-status", is_flag=True, help="No live page, health or metrics.")
 @click.option("-v", "--verbose", is_flag=True, help="A row for every round.")
 @pass_registry
 def serve_command(
@@ -53,7 +64,9 @@ def serve_command(
     keys: Path,
     mutual: bool,
     insecure: bool,
-    metrics_port: int | None,
+    status_port: int,
+    status_host: str,
+    no_status: bool,
     verbose: bool,
 ) -> None:
     """Train a recipe over devices that call; or go on with a RUN that was served before.
@@ -74,7 +87,8 @@ def serve_command(
         keys=keys,
         mutual=mutual,
         insecure=insecure,
-        metrics_port=metrics_port,
+        status_port=None if no_status else status_port,
+        status_host=status_host,
         verbose=verbose,
     )
 
@@ -90,15 +104,18 @@ def serve_recipe(
     keys: Path = KEYS,
     mutual: bool = False,
     insecure: bool = False,
-    metrics_port: int | None = None,
+    status_port: int | None = 0,
+    status_host: str = HOST,
     verbose: bool = False,
 ) -> None:
     """Serve a recipe, or go on with a run that was served before, until its last round."""
-    door = with_port(_door(host, port, keys, mutual=mutual, insecure=insecure))
-    door = replace(door, metrics_port=metrics_port)
+    door = _door(host, port, keys, mutual=mutual, insecure=insecure)
+    door = with_ports(replace(door, status_host=status_host, status_port=status_port))
     console = Console(highlight=False)
     folder, loaded = _opened(name, overrides, runs, keys, registry)
     console.print(f"run: {folder.path}\ndevices call {host}:{door.port}", soft_wrap=True)
+    if door.status_port is not None:
+        console.print(f"live page: {door.page}", soft_wrap=True)
     with folder.serving():
         serve(
             folder,

@@ -7,6 +7,7 @@ imports no torch, no model and no network.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import signal
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from fedtower.core.recipe import Recipe
 from fedtower.core.registry import Registry
 from fedtower.core.settings import plain
 from fedtower.recsys.engine import own_path
+from fedtower.recsys.process_log import ProcessLog
 from fedtower.recsys.run_folder import FEDERATION, RunFolder
+from fedtower.recsys.running import PROCESSES, Running, to_json
 
 TABLE = "fedtower.recsys.table_process"
 _GRACE_SECONDS = 15.0
@@ -36,7 +39,7 @@ _FOR_GOOD = {2, 3, 4, 5, 7, 9, 10}
 
 @dataclass(frozen=True)
 class Door:
-    """The public port, and the files by which devices know it."""
+    """The public port, and the files by which devices know it; and where the status page is, if there is to be one."""
 
     host: str = "127.0.0.1"
     port: int = 0
@@ -44,7 +47,14 @@ class Door:
     certificate: str | None = None
     key: str | None = None
     authority: str | None = None
-    metrics_port: int | None = None
+    status_host: str = "127.0.0.1"
+    status_port: int | None = None
+
+    @property
+    def page(self) -> str:
+        """The address of the status page."""
+        host = f"[{self.status_host}]" if ":" in self.status_host else self.status_host
+        return f"http://{host}:{self.status_port}/"
 
 
 def found(folder: RunFolder, keys: Path) -> None:
@@ -73,13 +83,20 @@ def intake_config(folder: RunFolder, recipe: Recipe, door: Door) -> dict[str, An
     }
 
 
-def with_port(door: Door) -> Door:
-    """The same with a free port instead of none: an intake that is started again must find its own."""
-    if door.port:
-        return door
-    with socket.socket() as probe:
-        probe.bind((door.host, 0))
-        return Door(**{**asdict(door), "port": probe.getsockname()[1]})
+def with_ports(door: Door) -> Door:
+    """The same with free ports instead of 0: an intake that is started again must find its own."""
+    return replace(
+        door,
+        port=door.port or _free(door.host),
+        status_port=_free(door.status_host) if door.status_port == 0 else door.status_port,
+    )
+
+
+def _free(host: str) -> int:
+    """A port that nobody listens at now."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
 
 
 def intake_module(registry: Registry, recipe: Recipe) -> str:
@@ -142,17 +159,20 @@ class Worker:
         self._process, self._not_before = None, now + 0.05 * 2 ** len(self._deaths)
         return None
 
-    def stop(self) -> None:
-        """Ask it to end, and end it if it does not."""
+    def ask_to_end(self) -> None:
+        """Ask it to end."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def end(self, seconds: float) -> None:
+        """Wait for its end, and end it if that takes longer."""
         if self._process is None:
             return
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(_GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def serve(
@@ -176,31 +196,69 @@ def serve(
     config = folder.path / "intake-config.json"
     with storage_errors(folder.path):
         config.write_text(json.dumps(intake_config(folder, recipe, door)), encoding="utf-8")
+    log = ProcessLog(folder.path, "supervisor")
     environment = {**os.environ, "PYTHONPATH": own_path()}
     intake = Worker("intake", [sys.executable, "-m", intake_module(registry, recipe), str(config)], environment)
     options = ["--verbose"] if verbose else []
     table = Worker("table", [sys.executable, "-m", TABLE, str(folder.path), *options], environment)
     before = signal.signal(signal.SIGTERM, _interrupt)
+    log.write("started", host=door.host, port=door.port, status_port=door.status_port)
     try:
-        intake.start()
-        table.start()
-        known: dict[str, int | None] = {}
-        while True:
-            code = table.look(said)
-            if intake.look(said) == 0:
-                raise ServingError("the intake process has ended without being asked to")
-            if code == 0:
-                time.sleep(linger_seconds)
-                return 0
-            running = {"supervisor": os.getpid(), "intake": intake.pid, "table": table.pid}
-            if running != known:
-                folder.write("processes.json", running)
-                known = running
-            time.sleep(0.05)
+        _keep(intake, table, folder, log, _both(said, log), linger_seconds)
+        return 0
+    except ServingError as error:
+        log.write("failed", level=logging.ERROR, message=str(error))
+        raise
     finally:
-        table.stop()
-        intake.stop()
+        _end(intake, table)
+        log.write("stopped")
+        log.close()
         signal.signal(signal.SIGTERM, before)
+
+
+def _keep(
+    intake: Worker,
+    table: Worker,
+    folder: RunFolder,
+    log: ProcessLog,
+    said: Callable[[str], None],
+    linger_seconds: float,
+) -> None:
+    """Start both, and start again whichever dies, until the table process has ended by itself."""
+    intake.start()
+    table.start()
+    known: dict[str, int] = {}
+    while table.look(said) != 0:
+        if intake.look(said) == 0:
+            raise ServingError("the intake process has ended without being asked to")
+        running = {"supervisor": os.getpid(), "intake": intake.pid, "table": table.pid}
+        alive = {name: pid for name, pid in running.items() if pid is not None}
+        if alive != known:
+            known = alive
+            folder.write(PROCESSES, to_json({name: Running.of(name, pid) for name, pid in alive.items()}))
+            log.write("processes", **alive)
+        time.sleep(0.05)
+    log.write("finished")
+    time.sleep(linger_seconds)
+
+
+def _end(intake: Worker, table: Worker) -> None:
+    """End both at the same time: the intake drains while the table process puts down what it has."""
+    for worker in (intake, table):
+        worker.ask_to_end()
+    until = time.monotonic() + _GRACE_SECONDS
+    for worker in (table, intake):
+        worker.end(max(until - time.monotonic(), 0.0))
+
+
+def _both(said: Callable[[str], None], log: ProcessLog) -> Callable[[str], None]:
+    """Says something to people, and writes it down."""
+
+    def say(message: str) -> None:
+        log.write("restarting", level=logging.WARNING, message=message)
+        said(message)
+
+    return say
 
 
 def _interrupt(_number: int, _frame: object) -> None:

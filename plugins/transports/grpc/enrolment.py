@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,11 @@ def finish_enrolment(path: Path, reply: pb.EnrolReply) -> Enrolled:
 
 @dataclass(frozen=True)
 class EnrolService:
-    """The server's end: the handler of ``Enrol``."""
+    """The server's end: the handler of ``Enrol``. ``observe`` is told each refusal."""
 
     federation: str
     credentials: Credentials
+    observe: Callable[[Refused], None] = lambda _refusal: None
 
     async def enrol(self, request: bytes, _context: Any) -> bytes:
         """The reply to a request, both as bytes: an enrolment, or a refusal."""
@@ -89,6 +91,7 @@ class EnrolService:
             asked = (message.code, message.device, message.attempt)
             device, token = await asyncio.to_thread(self.credentials.enrol, *asked)
         except Refused as error:
+            self.observe(error)
             return pb.EnrolReply(refusal=error.to_message()).SerializeToString()
         given = pb.Enrolment(federation=self.federation, device_id=device.id, client=device.client, token=token)
         return pb.EnrolReply(enrolment=given).SerializeToString()

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -35,6 +36,7 @@ Result = TypeVar("Result")
 CHUNK_BYTES = 256 << 10
 _LOOK_SECONDS = 0.05  # how old what is known of the windows may be
 _TASKS: Mapping[str, pb.Task.ValueType] = {"train": pb.TASK_TRAIN, "evaluate": pb.TASK_EVALUATE}
+_about: ContextVar[tuple[int, Task] | None] = ContextVar("about", default=None)
 _NAMES: Mapping[int, Task] = {pb.TASK_TRAIN: "train", pb.TASK_EVALUATE: "evaluate"}
 
 
@@ -49,6 +51,12 @@ class Caller:
     def whose(self) -> str:
         """The caller, as an error names it."""
         return f"client {self.client} (device {self.device})"
+
+
+def about() -> Mapping[str, Any]:
+    """The round and task of the call that is being answered, as far as they are known: for the log."""
+    held = _about.get()
+    return {} if held is None else {"round": held[0], "task": held[1]}
 
 
 class RowsLine(Protocol):
@@ -93,6 +101,9 @@ class Intake:
     registry: Registry
     limits: Limits = field(default_factory=Limits)
     log: Callable[[str, Mapping[str, Any]], None] = lambda word, values: None
+    uploads: int = field(default=0, init=False)
+    draining: bool = field(default=False, init=False)
+    stumbled: float = field(default=float("-inf"), init=False)  # when storing failed last, by time.monotonic()
     _records: list[RoundRecord] = field(default_factory=list, repr=False)
     _looked: float = field(default=-1.0, repr=False)
     _open: dict[tuple[int, Task], Open] = field(default_factory=dict, repr=False)
@@ -119,6 +130,9 @@ class Intake:
         finished = self.finished()
         if finished:
             return pb.CheckInReply(finished=pb.Finished(reason=finished))
+        if self.draining:
+            pause = pb.ComeBack(seconds=self._pause(), reason="this server is about to stop")
+            return pb.CheckInReply(come_back=pause)
         wanted = {_NAMES[task] for task in request.tasks if task in _NAMES} or {"train", "evaluate"}
         for window in self._windows():
             if window.task in wanted and window.includes(caller.client):
@@ -190,6 +204,20 @@ class Intake:
 
     async def submit(self, caller: Caller, parts: AsyncIterator[bytes]) -> pb.SubmitReply:
         """An upload: received, checked, made durable, and only then acknowledged."""
+        self.uploads += 1
+        try:
+            return await self._submitted(caller, parts)
+        finally:
+            self.uploads -= 1
+
+    async def drain(self, seconds: float) -> bool:
+        """Give out no more tasks, and wait for the uploads that are on their way; whether all came in ``seconds``."""
+        self.draining, until = True, asyncio.get_running_loop().time() + seconds
+        while self.uploads and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(0.02)
+        return not self.uploads
+
+    async def _submitted(self, caller: Caller, parts: AsyncIterator[bytes]) -> pb.SubmitReply:
         header = await self._header(caller, parts)
         round, task = self._lease_of(caller, header.lease)
         async with self._memory.room(header.size):
@@ -246,6 +274,7 @@ class Intake:
             raise Refused(
                 Reason.UNKNOWN_LEASE, f"{caller.whose} has no lease {lease.hex()[:16]!r} here; check in to be given one"
             )
+        _about.set(held[:2])
         return held[0], held[1]
 
     def _found(self, lease: bytes) -> tuple[int, Task, int] | None:

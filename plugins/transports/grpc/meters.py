@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from fedtower.core.journal import RoundRecord, Task
 from fedtower.plugins.transports.grpc.refusals import Reason
+from fedtower.plugins.transports.grpc.seats import Counted
 
 
 class Meters:
@@ -24,6 +25,22 @@ class Meters:
         self._calls = Histogram("fedtower_call_seconds", "Seconds until a call was answered", ["call"], registry=of)
         self._round = Gauge("fedtower_round", "The newest round", ["task"], registry=of)
         self._accepted = Gauge("fedtower_round_updates", "Updates accepted in the newest round", ["task"], registry=of)
+
+    def counted(self) -> Counted:
+        """What was counted so far, for whoever goes on counting."""
+        counters = (family for family in self.registry.collect() if family.type == "counter")
+        return {
+            family.name: [(dict(each.labels), each.value) for each in family.samples if each.name.endswith("_total")]
+            for family in counters
+        }
+
+    def go_on(self, counted: Counted) -> None:
+        """Count from where another has left off: what is scraped does not begin again after a kill."""
+        known = {"leases": self._leases, "uploads": self._uploads, "refusals": self._refusals}
+        known |= {"received_bytes": self._received, "sent_bytes": self._sent}
+        for name, counter in known.items():
+            for labels, value in counted.get(f"fedtower_{name}", ()):
+                (counter.labels(**labels) if labels else counter).inc(value)
 
     def leased(self, task: Task) -> None:
         """A lease was given out."""

@@ -48,8 +48,21 @@ class Presence:
 
 def present(folder: Path, within_seconds: float, clock: Clock = since_boot) -> IntArray:
     """The clients that called any intake within so many seconds, sorted; files that nobody writes any more go."""
-    now = clock()
-    found = [np.zeros(0, dtype=np.int64)]
+    seen = _seen(folder, within_seconds, clock)
+    for path, clients in seen:
+        if not len(clients):
+            path.unlink(missing_ok=True)
+    return _distinct(seen)
+
+
+def look(folder: Path, within_seconds: float, clock: Clock = since_boot) -> IntArray:
+    """The same, for somebody who only looks: no file goes."""
+    return _distinct(_seen(folder, within_seconds, clock))
+
+
+def _seen(folder: Path, within_seconds: float, clock: Clock) -> list[tuple[Path, IntArray]]:
+    """Each file, and the clients in it that called lately."""
+    now, found = clock(), list[tuple[Path, IntArray]]()
     for path in folder.glob("*.npy"):
         boot = path.name.rpartition("-")[0]
         try:
@@ -57,7 +70,9 @@ def present(folder: Path, within_seconds: float, clock: Clock = since_boot) -> I
         except (OSError, ValueError):
             continue  # taken away, or of a process that was killed in the middle
         fresh = held[now.seconds - held[:, 1] <= within_seconds] if boot == now.boot else held[:0]
-        found.append(fresh[:, 0].astype(np.int64))
-        if not len(fresh):
-            path.unlink(missing_ok=True)
-    return np.unique(np.concatenate(found))
+        found.append((path, fresh[:, 0].astype(np.int64)))
+    return found
+
+
+def _distinct(seen: list[tuple[Path, IntArray]]) -> IntArray:
+    return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(clients for _, clients in seen)]))

@@ -15,7 +15,7 @@ from fedtower.core.journal import Busy
 from fedtower.plugins.transports.grpc.bounds import CALL_BYTES
 from fedtower.plugins.transports.grpc.credentials import Credentials
 from fedtower.plugins.transports.grpc.enrolment import EnrolService
-from fedtower.plugins.transports.grpc.intake import Caller, Intake, RowsAway
+from fedtower.plugins.transports.grpc.intake import Caller, Intake, RowsAway, about
 from fedtower.plugins.transports.grpc.interceptors import Gate, caller
 from fedtower.plugins.transports.grpc.rates import Rates, RateSettings
 from fedtower.plugins.transports.grpc.refusals import Refused
@@ -46,7 +46,7 @@ class Public:
         one = grpc.unary_unary_rpc_method_handler
         many = grpc.unary_stream_rpc_method_handler
         methods: dict[str, Any] = {
-            "Enrol": one(EnrolService(self.intake.federation, self.credentials).enrol),
+            "Enrol": one(EnrolService(self.intake.federation, self.credentials, self._not_enrolled).enrol),
             "CheckIn": one(
                 self._answering("CheckIn", self.intake.check_in, pb.CheckInReply), response_serializer=_bytes
             ),
@@ -95,17 +95,22 @@ class Public:
 
         return handle
 
+    def _not_enrolled(self, error: Refused) -> None:
+        refused(self.intake, error, call="Enrol")
+
     def _caller(self) -> Caller:
         return Caller(caller().id, caller().client)
 
     def _said(self, error: FedtowerError, reply: Any, call: str, context: Any) -> Any:
         """The error as a reply; where the fault is here, the device is asked to come back."""
+        whose = {"device": caller().id, "client": caller().client, **about()}
         if isinstance(error, Refused):
-            self.intake.meters.refused(error.reason)
-            self.intake.said("refused", call=call, reason=error.reason.name, message=str(error))
+            refused(self.intake, error, call=call, **whose)
             return reply(refusal=error.to_message())
         seconds = error.seconds if isinstance(error, Busy) else 5.0
-        self.intake.said("not now", call=call, message=str(error))
+        self.intake.said("not_now", call=call, **whose, message=str(error))
+        if isinstance(error, StorageError) and not isinstance(error, Busy):
+            self.intake.stumbled = time.monotonic()
         if isinstance(error, StorageError) and "come_back" in reply.DESCRIPTOR.fields_by_name:
             return reply(come_back=pb.ComeBack(seconds=seconds, reason="the server cannot store anything now"))
         context.set_code(grpc.StatusCode.UNAVAILABLE)
@@ -133,10 +138,16 @@ def public_server(
     intake: Intake, credentials: Credentials, rates: RateSettings, most_calls: int | None = None
 ) -> grpc.aio.Server:
     """The server of the public port; its address is still to be added."""
-    gate = Gate(credentials, Rates(rates), lambda refusal, _who: intake.meters.refused(refusal.reason))
+    gate = Gate(credentials, Rates(rates), lambda refusal, who: refused(intake, refusal, who=who))
     server = grpc.aio.server(interceptors=[gate], options=OPTIONS, maximum_concurrent_rpcs=most_calls)
     server.add_generic_rpc_handlers((Public(intake, credentials).handlers(),))
     return server
+
+
+def refused(intake: Intake, refusal: Refused, **values: Any) -> None:
+    """Count a refusal, and write it to the log: one line, typed."""
+    intake.meters.refused(refusal.reason)
+    intake.said("refused", reason=refusal.reason.name.lower(), **values, message=str(refusal))
 
 
 def _bytes(reply: Any) -> bytes:

@@ -1,39 +1,48 @@
 """The intake's process: ``python -m fedtower.plugins.transports.grpc.serve CONFIG.json``.
 
-It serves the public port until it is told to stop (SIGTERM), and stops when all that it has begun is done.
+It serves the public port until it is told to stop (SIGTERM). Then it *drains*: it gives out no more tasks, says so to
+balancers, and ends when the uploads that are on their way are acknowledged, or after ten seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
-from prometheus_client import start_http_server
 
+from fedtower.core.checkpoint import storage_errors
+from fedtower.core.errors import FedtowerError
 from fedtower.core.registry import Registry, discover
 from fedtower.core.settings import Part, build
 from fedtower.plugins.transports.grpc.credentials import Credentials
+from fedtower.plugins.transports.grpc.health import Health
 from fedtower.plugins.transports.grpc.intake import Intake, Limits
 from fedtower.plugins.transports.grpc.meters import Meters
 from fedtower.plugins.transports.grpc.public import SocketRows, public_server
 from fedtower.plugins.transports.grpc.rates import RateSettings
+from fedtower.plugins.transports.grpc.seats import Seat
 from fedtower.plugins.transports.grpc.tls import ServerTls, listen
 from fedtower.plugins.transports.grpc.transport import Grpc, rows_address
+from fedtower.plugins.transports.grpc.web import Pages, Web
+from fedtower.recsys.process_log import ProcessLog
+from fedtower.recsys.run_folder import RunFolder
+from fedtower.recsys.status import Watched
 
-_log = logging.getLogger("fedtower.intake")
 DRAIN_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where the public port is, and how a device knows that it is this server."""
+    """Where the public port is, and how a device knows that it is this server; and where the status page is, if it has
+    one.
+    """
 
     host: str
     port: int
@@ -41,7 +50,8 @@ class Address:
     certificate: str | None = None
     key: str | None = None
     authority: str | None = None
-    metrics_port: int | None = None
+    status_host: str = "127.0.0.1"
+    status_port: int | None = None
 
     def bind(self, server: grpc.aio.Server) -> int:
         """Add the port to a server; the port that it is.
@@ -58,6 +68,9 @@ class Address:
 async def serve(config: dict[str, Any], registry: Registry) -> None:
     """Serve until SIGTERM or SIGINT."""
     folder = Path(config["folder"])
+    seat = Seat.take(folder)
+    log = ProcessLog(folder, seat.name)
+    log.catch_others()
     settings: Grpc = build(Grpc, config["transport"], path="transport")
     part = Part(config["journal"]["name"], config["journal"]["settings"])
     journal = registry.make("journal", part, path="journal").open(folder / "journal", config["federation"])
@@ -71,42 +84,72 @@ async def serve(config: dict[str, Any], registry: Registry) -> None:
         meters=Meters(),
         registry=registry,
         limits=Limits(upload_bytes=settings.upload_mb << 20, presence_seconds=settings.presence_seconds),
-        log=lambda word, values: _log.info(json.dumps({"event": word, **values})),
+        log=lambda word, values: log.write(word, **values),
     )
+    intake.meters.go_on(seat.counted())
     server = public_server(intake, credentials, build(RateSettings, config.get("rates", {}), path="rates"))
     address = build(Address, config["address"], path="address")
     port = address.bind(server)
     await server.start()
-    scraped = None
-    if address.metrics_port is not None:  # to this machine alone: whoever scrapes from elsewhere has a proxy for it
-        scraped, _ = start_http_server(address.metrics_port, "127.0.0.1", intake.meters.registry)
-    _write_ready(folder, port)
+    health = Health(intake, seat, lambda word, level, values: log.write(word, level=level, **values))
+    looking = asyncio.create_task(health.watch())
+    web = _web(address, intake, health, folder, registry)
+    page = "" if web is None else web.address
+    _write_ready(folder, port, page)
+    log.write("started", port=port, page=page, insecure=address.insecure)
+    await _told_to_stop()
+    log.write("draining", uploads=intake.uploads)
+    until = time.monotonic() + DRAIN_SECONDS
+    is_whole = await intake.drain(DRAIN_SECONDS)
+    await server.stop(max(until - time.monotonic(), 0.5))  # no new calls; those that run may end
+    looking.cancel()
+    log.write("stopped", all_uploads_came=is_whole)
+    if web is not None:
+        web.close()
+    await channel.close()
+    journal.close()
+    credentials.close()
+    health.keep()
+    seat.leave()
+    log.close()
+
+
+def _web(address: Address, intake: Intake, health: Health, folder: Path, registry: Registry) -> Web | None:
+    """The live page, if there is to be one."""
+    if address.status_port is None:
+        return None
+    watched = Watched(RunFolder(folder), registry, intake.journal)
+    pages = Pages(address.status_host, watched.status, health.answer, intake.meters.registry)
+    return Web(address.status_host, address.status_port, pages)
+
+
+async def _told_to_stop() -> None:
+    """Wait for SIGTERM or SIGINT."""
     stop = asyncio.Event()
     for word in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(word, stop.set)
     await stop.wait()
-    await server.stop(DRAIN_SECONDS)  # no new calls; those that run may end
-    if scraped is not None:
-        scraped.shutdown()
-    await channel.close()
-    journal.close()
-    credentials.close()
 
 
-def _write_ready(folder: Path, port: int) -> None:
-    """Say which port it is, for those that started this."""
+def _write_ready(folder: Path, port: int, page: str) -> None:
+    """Say which port it is, and where the page is, for those that started this."""
     path = folder / "intake.json"
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps({"port": port}), encoding="utf-8")
-    unfinished.replace(path)
+    with storage_errors(folder):
+        unfinished.write_text(json.dumps({"port": port, "page": page}), encoding="utf-8")
+        unfinished.replace(path)
 
 
-def main(path: str) -> None:
-    """Serve by the settings in a file."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def main(path: str) -> int:
+    """Serve by the settings in a file; the exit code."""
     config = json.loads(Path(path).read_text(encoding="utf-8"))
-    asyncio.run(serve(config, discover(folder=Path(config["folder"]))))
+    try:
+        asyncio.run(serve(config, discover(folder=Path(config["folder"]))))
+    except FedtowerError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main(sys.argv[1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
@@ -14,18 +14,20 @@ import grpc
 from fedtower.core.cohort import Cohort, Sampler
 from fedtower.core.draws import Draws
 from fedtower.core.errors import RecipeError
+from fedtower.core.journal import RoundRecord
 from fedtower.core.plan import Plan
 from fedtower.core.rows import IntArray, RowStore
 from fedtower.core.transport import Visit
 from fedtower.core.updates import Updates
 from fedtower.plugins.transports.grpc.artefacts import Artefact
 from fedtower.plugins.transports.grpc.plans import PublishedPlan, RowSource
-from fedtower.plugins.transports.grpc.presence import present
+from fedtower.plugins.transports.grpc.presence import look, present
 from fedtower.plugins.transports.grpc.rows import LockedRows, serve_rows
+from fedtower.plugins.transports.grpc.standing import counts_of, waiting_of
 from fedtower.plugins.transports.grpc.table import TableSide, Terms
 from fedtower.recsys.bundle import MANIFEST
 from fedtower.recsys.evaluation import MetricSum, Role
-from fedtower.recsys.line import Opening
+from fedtower.recsys.line import Opening, Standing
 
 _LONGEST_SOCKET = 100
 
@@ -70,6 +72,15 @@ class Grpc:
     def open(self, opening: Opening) -> GrpcLine:
         """The line to the devices of a federation."""
         return GrpcLine.of(self, opening)
+
+    def standing(self, folder: Path, windows: Sequence[RoundRecord], cohort_size: int | None) -> Standing:
+        """How a federation stands, as its files say."""
+        return Standing(
+            there=len(look(folder / "present", self.presence_seconds)),
+            needed=self.wait_for or cohort_size or 1,
+            open=waiting_of(folder / "windows", windows, self.deadline_seconds),
+            counts=counts_of(folder),
+        )
 
 
 @dataclass(frozen=True)
