@@ -33,6 +33,11 @@ class Told:
         return "epoch" if self.record.started.get("mode") == "standalone" else "round"
 
     @property
+    def way_on(self) -> str:
+        """The command that goes on with the run: devices call a deployed one."""
+        return "serve" if self.record.started.get("mode") == "deployed" else "resume"
+
+    @property
     def planned(self) -> int:
         """How many rounds the run was to have."""
         return int(self.record.started.get("rounds", self.record.last_round))
@@ -94,7 +99,7 @@ def _head(runs: Sequence[Told]) -> list[Markup]:
                     "p",
                     f"{run.label} is not finished: it stands at {run.unit} {in_count(run.record.last_round)} of "
                     f"{in_count(run.planned)}, and this page tells of it as far as it went. ",
-                    tag("code", f"fedtower resume {run.record.folder}"),
+                    tag("code", f"fedtower {run.way_on} {run.record.folder}"),
                     " goes on.",
                     class_="note",
                 )

@@ -1,9 +1,15 @@
-"""What tests of every room share: the public data sets, and a place for runs."""
+"""What tests of every room share: the public data sets, a place for runs, and a browser."""
 
 import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +33,42 @@ def run_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder that is also the current one, so that `runs/` is made in it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def browser() -> "Iterator[Callable[..., Page]]":
+    """Opens a page of a real browser without a window: ``browser(dark=True, width=390)``.
+
+    The browser is Debian's. Without it a test is skipped on a desk, and fails where ``CI`` is set. A page that asks for
+    anything outside of this machine, or whose script fails, fails the test.
+    """
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        missing = "there is no browser: apt-get install chromium"
+        if os.environ.get("CI"):
+            pytest.fail(f"{missing}; CI is set, so the pages must be seen here")
+        pytest.skip(missing)
+    from playwright.sync_api import sync_playwright  # a third of a second, which other tests need not wait for
+
+    failures: list[str] = []
+    with sync_playwright() as playwright:
+        program = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+
+        def open_page(*, dark: bool = False, width: int = 1100) -> "Page":
+            page = program.new_page(
+                color_scheme="dark" if dark else "light",
+                viewport={"width": width, "height": 900},
+                reduced_motion="reduce",
+            )
+            page.on("pageerror", lambda error: failures.append(str(error)))
+            page.on("request", lambda request: failures.extend(_elsewhere(request.url)))
+            return page
+
+        yield open_page
+        program.close()
+    assert not failures
+
+
+def _elsewhere(url: str) -> list[str]:
+    """The address, if it is not of this machine."""
+    return [] if url.startswith(("file:", "data:", "http://127.0.0.1:")) else [url]

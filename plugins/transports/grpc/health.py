@@ -17,7 +17,7 @@ from typing import Any
 from fedtower.core.errors import FedtowerError, StorageError
 from fedtower.plugins.transports.grpc.intake import Intake, RowsAway
 from fedtower.plugins.transports.grpc.seats import Seat
-from fedtower.recsys.bundle import MANIFEST, Bundle
+from fedtower.recsys.bundle import MANIFEST, parse_manifest
 from fedtower.recsys.running import running_of
 
 EVERY_SECONDS = 1.0
@@ -36,6 +36,7 @@ class Health:
     said: Callable[[str, int, Mapping[str, Any]], None]
     troubles: Mapping[str, str] = field(default_factory=lambda: {"intake": "the intake has just been started"})
     looked: float = field(default_factory=time.monotonic)
+    has_rows: bool | None = None
 
     def answer(self) -> tuple[bool, dict[str, Any]]:
         """Whether devices should be sent here, and the same with reasons, by what they are of; any thread may ask."""
@@ -50,7 +51,10 @@ class Health:
     async def watch(self) -> None:
         """Look every second, for as long as this task is not cancelled; write down what was counted, too."""
         while True:
-            await self.look()
+            try:
+                await self.look()
+            except Exception as error:  # whatever it is: who stops looking would be taken for somebody who hangs
+                self.troubles, self.looked = {"intake": f"{type(error).__name__}: {error}"}, time.monotonic()
             await asyncio.sleep(EVERY_SECONDS)
 
     async def look(self) -> None:
@@ -90,10 +94,12 @@ class Health:
         processes = {each.name: each for each in running_of(self.intake.folder)}
         if "supervisor" in processes and not ("table" in processes and processes["table"].is_alive):
             return "the table process is away, and is being started again"
-        bundle = self.intake.folder / "bundle"
-        if not (bundle / MANIFEST).is_file():
+        manifest = self.intake.folder / "bundle" / MANIFEST
+        if self.has_rows is None and manifest.is_file():  # it is written once, when a run is begun
+            self.has_rows = parse_manifest(manifest.read_bytes(), str(manifest)).rows is not None
+        if self.has_rows is None:
             return "the table process is starting"
-        if Bundle.open(bundle).manifest.rows is None:
+        if not self.has_rows:
             return ""
         try:
             await asyncio.wait_for(self._asked_for_rows(), _ANSWER_SECONDS)

@@ -87,20 +87,21 @@ async def serve(config: dict[str, Any], registry: Registry) -> None:
         log=lambda word, values: log.write(word, **values),
     )
     intake.meters.go_on(seat.counted())
-    server = public_server(intake, credentials, build(RateSettings, config.get("rates", {}), path="rates"))
+    health = Health(intake, seat, lambda word, level, values: log.write(word, level=level, **values))
     address = build(Address, config["address"], path="address")
+    web = _web(address, intake, health, folder, registry)
+    server = public_server(intake, credentials, build(RateSettings, config.get("rates", {}), path="rates"))
     port = address.bind(server)
     await server.start()
-    health = Health(intake, seat, lambda word, level, values: log.write(word, level=level, **values))
     looking = asyncio.create_task(health.watch())
-    web = _web(address, intake, health, folder, registry)
     page = "" if web is None else web.address
     _write_ready(folder, port, page)
     log.write("started", port=port, page=page, insecure=address.insecure)
     await _told_to_stop()
     log.write("draining", uploads=intake.uploads)
-    until = time.monotonic() + DRAIN_SECONDS
-    is_whole = await intake.drain(DRAIN_SECONDS)
+    seconds = float(config.get("drain_seconds", DRAIN_SECONDS))
+    until = time.monotonic() + seconds
+    is_whole = await intake.drain(seconds)
     await server.stop(max(until - time.monotonic(), 0.5))  # no new calls; those that run may end
     looking.cancel()
     log.write("stopped", all_uploads_came=is_whole)
