@@ -5,6 +5,7 @@ What it tells is in ``Told``; where that comes from, and where the page goes to,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -258,10 +259,20 @@ def _cost(runs: Sequence[Told]) -> Markup:
         ("which is as much", lambda run: _selected(run, lambda selected: in_times(selected.times_as_much))),
         ("clients a round", lambda run: _mean(run.record, "clients", in_count)),
         ("dropped in all", lambda run: in_count(run.record.total("dropped"))),
+        *([("of these refused", _refused)] if any(_refused(run) != "0" for run in runs) else []),
     ]
     heads = ["", *_columns(runs)]
     rows = [tag("tr", tag("th", name, scope="row"), [tag("td", of(run)) for run in runs]) for name, of in measures]
     return section("What it cost", table(heads, rows))
+
+
+def _refused(run: Told) -> str:
+    """How many updates did not count because of what they were, and why."""
+    reasons: Counter[str] = Counter()
+    for event in run.record.rounds:
+        reasons.update(event.get("refused") or {})
+    named = ", ".join(f"{reason} {in_count(count)}" for reason, count in reasons.most_common())
+    return f"{in_count(reasons.total())}{f' ({named})' if named else ''}"
 
 
 def _data(runs: Sequence[Told]) -> Markup | None:

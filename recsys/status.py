@@ -170,7 +170,8 @@ class Watched:
             if self._journal is None:
                 make = self._registry.make("journal", self._recipe.journal, path="journal")
                 self._journal = make.open(self._folder.path / "journal", self._federation.name)
-            return self._journal.rounds(), ""
+            # Devices evaluate what came of a round's training.
+            return sorted(self._journal.rounds(), key=lambda each: (each.round, each.task != "train")), ""
         except FedtowerError as error:
             return [], f"the journal cannot be read: {error}"
 

@@ -139,6 +139,15 @@ def test_figures_are_those_of_the_summary_and_the_protocol_is_named(make_run: Ma
     assert page.table("sent up")["which is as much"] == {"this run": "4 times"}
 
 
+def test_a_deployed_run_is_gone_on_with_by_serving_and_says_what_was_refused(make_run: MakeRun) -> None:
+    folder = make_run("a", mode="deployed", until=3)
+    RunLog(folder).append("round", round=4, loss=4.0, clients=197, dropped=3, refused={"norm": 2, "weight": 1})
+    page = Page(write_report([folder]).read_text("utf-8"))
+    assert f"fedtower serve {folder} goes on" in page.text
+    assert page.table("sent up")["dropped in all"] == {"this run": "9"}
+    assert page.table("sent up")["of these refused"] == {"this run": "3 (norm 2, weight 1)"}
+
+
 def test_the_page_tells_of_data_versions_plugins_and_recipe(make_run: MakeRun) -> None:
     page = Page(write_report([make_run("a")]).read_text("utf-8"))
     assert page.table("users")["interactions"] == {"small <data>": "1,000,209"}

@@ -93,9 +93,9 @@ class Child:
         finally:
             line.close()
 
-    def call(self, client: int) -> tuple[grpc.Channel, FederationStub, list[tuple[str, str]]]:
+    def call(self, client: int) -> tuple[grpc.Channel, FederationStub, tuple[tuple[str, str | bytes], ...]]:
         channel = grpc.insecure_channel(self.target)
-        return channel, FederationStub(channel), [("authorization", f"Bearer {self.tokens[client]}")]
+        return channel, FederationStub(channel), (("authorization", f"Bearer {self.tokens[client]}"),)
 
     def check_in(self, client: int, token: str = "") -> pb.CheckInReply:
         channel, stub, metadata = self.call(client)
@@ -105,11 +105,12 @@ class Child:
             return reply
 
     def leased(self, client: int) -> pb.Lease:
-        return soon(lambda: lease if (lease := self.check_in(client).lease).lease else None, self)
+        found: pb.Lease = soon(lambda: lease if (lease := self.check_in(client).lease).lease else None, self)
+        return found
 
     def update(self, lease: pb.Lease) -> bytes:
         data = self.side.artefacts.path(lease.plan.artefact.digest).read_bytes()
-        plan = open_plan(lease.plan, data, self.side.signer.verifier())  # type: ignore[attr-defined]
+        plan = open_plan(lease.plan, data, self.side.signer.verifier())
         updates = Updates(weights=np.ones(1), dense={"w": np.full((1, 3), 0.5, np.float32)}, metrics={})
         belongs = Belongs(plan.federation, plan.model, plan.round, lease.lease)
         return encode_submission(Submission(belongs, updates, 3))

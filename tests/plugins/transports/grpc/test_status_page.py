@@ -179,7 +179,7 @@ def test_a_curve_has_a_point_for_each_value_and_tells_it(page: Page) -> None:
 def test_a_refusal_is_seen_by_its_reason(served: Served, page: Page) -> None:
     channel = grpc.insecure_channel(served.target)
     with channel, pytest.raises(grpc.RpcError):
-        FederationStub(channel).CheckIn(pb.CheckInRequest(), metadata=[("authorization", "Bearer a.b")], timeout=10.0)
+        FederationStub(channel).CheckIn(pb.CheckInRequest(), metadata=(("authorization", "Bearer a.b"),), timeout=10.0)
     seen(page, lambda: "unknown_device" in page.locator("#refusals").inner_text())
     assert tile(page, "Refused") == "1"
 
