@@ -225,6 +225,10 @@ def test_a_log_that_is_followed_says_what_one_that_is_read_whole_says(tmp_path: 
     log.append("round", round=4, loss=0.5)
     assert followed.record() == log.record()
     assert [event["loss"] for event in followed.record().rounds] == [1.0, 1.0, 1.0, 0.5]
+    before = followed.record()
+    log.path.write_bytes(log.path.read_bytes().replace(b'"loss": 0.5', b'"loss": 7.5'))  # which is not read again
+    assert followed.record() == before
+    assert log.record() != before
 
 
 def test_a_process_is_its_id_and_its_start(tmp_path: Path) -> None:

@@ -14,17 +14,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Semaphore, Thread
 from typing import Any
 from urllib.parse import urlsplit
 
 import grpc
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
 from fedtower.core.cohort import Cohort
 from fedtower.core.draws import Draws
@@ -41,6 +42,7 @@ from fedtower.plugins.transports.grpc.plans import PublishedPlan, open_plan
 from fedtower.plugins.transports.grpc.rows import serve_rows
 from fedtower.plugins.transports.grpc.table import TableSide, Terms
 from fedtower.plugins.transports.grpc.transport import rows_address
+from fedtower.plugins.transports.grpc.web import Pages, Web
 from fedtower.protos.v1 import federation_pb2 as pb
 from fedtower.protos.v1.federation_pb2_grpc import FederationStub
 from fedtower.recsys.bundle import Manifest, RowPort, write_manifest
@@ -362,6 +364,37 @@ def test_the_page_answers_get_alone_and_calls_by_a_loopback_name_alone(child: Ch
     assert status == 200
     assert "default-src 'none'" in headers["Content-Security-Policy"]
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_more_calls_at_once_than_it_takes_are_hung_up_on() -> None:
+    entered, go_on, answers = Semaphore(0), Event(), list[int]()
+
+    def health() -> tuple[bool, dict[str, Any]]:
+        entered.release()
+        assert go_on.wait(20.0)
+        return True, {}
+
+    def ask() -> None:
+        with closing(http.client.HTTPConnection(urlsplit(web.address).netloc, timeout=20.0)) as line:
+            line.request("GET", "/health")
+            answers.append(line.getresponse().status)
+
+    def nothing() -> Any:
+        raise AssertionError("nobody asks for the status")
+
+    web = Web("127.0.0.1", 0, Pages("127.0.0.1", nothing, health, CollectorRegistry()))
+    callers = [Thread(target=ask) for _ in range(16)]
+    for caller in callers:
+        caller.start()
+        assert entered.acquire(timeout=20.0)
+    with pytest.raises((http.client.RemoteDisconnected, ConnectionResetError)):
+        ask()
+    go_on.set()
+    for caller in callers:
+        caller.join(20.0)
+    assert answers == [200] * 16
+    soon(lambda: (ask(), True))
+    web.close()
 
 
 def test_callers_that_say_nothing_do_not_keep_others_out_for_long(child: Child) -> None:
