@@ -204,50 +204,45 @@ def serve(
     before = signal.signal(signal.SIGTERM, _interrupt)
     log.write("started", host=door.host, port=door.port, status_port=door.status_port)
     try:
-        _keep(intake, table, folder, log, _both(said, log), linger_seconds)
+        _keep([intake], table, folder, log, _both(said, log))
+        log.write("finished")
+        time.sleep(linger_seconds)
         return 0
     except ServingError as error:
         log.write("failed", level=logging.ERROR, message=str(error))
         raise
     finally:
-        _end(intake, table)
+        _end([intake, table])
         log.write("stopped")
         log.close()
         signal.signal(signal.SIGTERM, before)
 
 
 def _keep(
-    intake: Worker,
-    table: Worker,
-    folder: RunFolder,
-    log: ProcessLog,
-    said: Callable[[str], None],
-    linger_seconds: float,
+    intakes: Sequence[Worker], table: Worker, folder: RunFolder, log: ProcessLog, said: Callable[[str], None]
 ) -> None:
-    """Start both, and start again whichever dies, until the table process has ended by itself."""
-    intake.start()
-    table.start()
+    """Start all, and start again whichever dies, until the table process has ended by itself."""
+    for worker in (*intakes, table):
+        worker.start()
     known: dict[str, int] = {}
     while table.look(said) != 0:
-        if intake.look(said) == 0:
+        if 0 in [intake.look(said) for intake in intakes]:
             raise ServingError("the intake process has ended without being asked to")
-        running = {"supervisor": os.getpid(), "intake": intake.pid, "table": table.pid}
-        alive = {name: pid for name, pid in running.items() if pid is not None}
+        alive = {worker.name: worker.pid for worker in (*intakes, table) if worker.pid is not None}
+        alive = {"supervisor": os.getpid(), **alive}
         if alive != known:
             known = alive
             folder.write(PROCESSES, to_json({name: Running.of(name, pid) for name, pid in alive.items()}))
             log.write("processes", **alive)
         time.sleep(0.05)
-    log.write("finished")
-    time.sleep(linger_seconds)
 
 
-def _end(intake: Worker, table: Worker) -> None:
-    """End both at the same time: the intake drains while the table process puts down what it has."""
-    for worker in (intake, table):
+def _end(workers: Sequence[Worker]) -> None:
+    """End all at the same time: an intake drains while the table process puts down what it has."""
+    for worker in workers:
         worker.ask_to_end()
     until = time.monotonic() + _GRACE_SECONDS
-    for worker in (table, intake):
+    for worker in workers:
         worker.end(max(until - time.monotonic(), 0.0))
 
 

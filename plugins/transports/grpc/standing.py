@@ -21,6 +21,7 @@ def waiting_of(
     for record in records:
         window = read_window(folder, record.round, record.task) if record.state == "open" else None
         if window is not None:
+            seconds = float(getattr(window, "deadline_seconds", deadline_seconds))  # its own, where it has one
             found.append(
                 Waiting(
                     round=record.round,
@@ -28,7 +29,7 @@ def waiting_of(
                     clients=len(window.clients),
                     target=window.target,
                     accepted=record.accepted,
-                    seconds_left=max(deadline_seconds - elapsed(window.opened, clock()), 0.0),
+                    seconds_left=max(seconds - elapsed(window.opened, clock()), 0.0),
                 )
             )
     return found
