@@ -393,7 +393,9 @@ def test_more_calls_at_once_than_it_takes_are_hung_up_on() -> None:
     for caller in callers:
         caller.join(20.0)
     assert answers == [200] * 16
-    soon(lambda: (ask(), True))
+    while len(answers) < 17:  # their places are free again, sooner or later
+        with suppress(http.client.RemoteDisconnected, ConnectionResetError):
+            ask()
     web.close()
 
 
