@@ -19,6 +19,7 @@ NOT_ON_A_DEVICE = HEAVY | {"click", "rich"}
 STARRED = (
     *("vocabulary", "history", "batches", "negatives", "metrics", "evaluation"),
     *("bundle", "device", "engine", "reranking", "visits", "shards", "on_device", "line"),
+    *("process_log", "running", "runlog", "status"),
 )
 
 # The wire, the signer, and what a device and a server without torch have of the transport.

@@ -112,7 +112,8 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory, browser: Opens) -> Iterator[Served]:
+    """A run that is being served, where there is a browser to see it."""
     run = Served(tmp_path_factory.mktemp("served"))
     try:
         run.begin()
