@@ -1,4 +1,4 @@
-"""Traces: how fast devices are, when they are there, and how often a visit comes to nothing; virtual time is made of it.
+"""Traces: how fast devices are, when they are there, and how often a visit comes to nothing: what virtual time is of.
 
 A file of traces is CSV: a line of the names below, and a line of numbers a device. It may come from measurements of
 one's own; without any, :func:`generated` draws devices after published figures.
