@@ -41,6 +41,7 @@ class Reason(StrEnum):
     NORM = "norm"
     ROW_REPEATED = "row_repeated"
     ROW_NOT_LEASED = "row_not_leased"
+    SURPLUS = "surplus"
     PLUGIN = "plugin"
 
 
@@ -59,6 +60,7 @@ WORDS: Mapping[Reason, str] = {
     Reason.NORM: "its update is longer than checks.max_norm; if it is everybody's, add 'clip' or raise the bound",
     Reason.ROW_REPEATED: "it sent a row more than once",
     Reason.ROW_NOT_LEASED: "it sent rows that it was not given",
+    Reason.SURPLUS: "the round had all the updates that it needed when this one came",
     Reason.PLUGIN: "a plugin's accept_update refused it",
 }
 

@@ -16,6 +16,7 @@ from fedtower.core.plan import Plan
 from fedtower.core.rows import RowIds, RowReader, distinct
 from fedtower.core.runtime import Runtime, Work
 from fedtower.core.store import StateStore
+from fedtower.core.traces import Load
 from fedtower.core.transform import States, Transform, on_client
 from fedtower.core.updates import Updates
 
@@ -133,6 +134,35 @@ class ClientSide:
     def discard(self) -> None:
         """Forget what is staged: those clients were not heard."""
         self.staged.clear()
+
+
+@dataclass(frozen=True)
+class VisitCosts:
+    """What visits ask of devices, told without training: the plan and the rows that a client needs, its steps, and an
+    update of the same size, which no transform has made smaller.
+    """
+
+    data: ClientData
+    rows: RowReader | None
+    block: int = 256  # clients whose batches are made at a time, to be counted
+
+    def __call__(self, plan: Plan, clients: IntArray) -> Load:
+        """The load of a visit of each client."""
+        blocks = [self._load(plan, clients[start : start + self.block]) for start in range(0, len(clients), self.block)]
+        parts = zip(*blocks, strict=True) if blocks else [[np.zeros(0)]] * 3
+        return Load(*(np.concatenate(part) for part in parts))
+
+    def _load(self, plan: Plan, clients: IntArray) -> tuple[NDArray[np.float64], ...]:
+        work = self.data.work(plan, clients)
+        down, up = np.full(len(clients), float(plan.nbytes)), np.full(len(clients), plan.nbytes + 8.0)
+        for source, needed in work.row_ids.items():
+            if self.rows is None:
+                break
+            width = self.rows.fetch(source, needed.ids[:1]).shape[1]
+            count = np.diff(needed.offsets)
+            down += count * 4.0 * width
+            up += (count * 4.0 * (width + 1) + 4.0) * plan.train_rows
+        return down, work.steps.astype(np.float64), up
 
 
 def fetch(rows: RowReader, source: str, needed: RowIds) -> NDArray[np.float32]:

@@ -18,6 +18,8 @@ IntArray = NDArray[np.int64]
 class Cohort:
     """The clients of one round, sorted and distinct.
 
+    So many updates as ``target`` are enough: where it is less than C, more were asked than are needed. ``None``: all.
+
     Shape:
         ``clients`` (C,), each in 0 .. population-1.
     """
@@ -25,6 +27,7 @@ class Cohort:
     round: int
     clients: IntArray
     population: int
+    target: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.clients) and not (

@@ -144,6 +144,10 @@ class Observing:
         """What the run has spent with this round, by name, says the accountant."""
 
     @hookspec
+    def deadline_changed(self, round: int, seconds: float, why: str) -> None:
+        """After this round the deadline is another: ``seconds`` from the next one on, if no plugin decides."""
+
+    @hookspec
     def round_finished(self, report: RoundReport) -> None:
         """The server has made its step."""
 

@@ -42,6 +42,13 @@ KINDS = (
         summary="reaches the clients of a cohort",
     ),
     Kind(
+        "deadline",
+        seam="fedtower.core.deadline:Deadline",
+        promises="fedtower.core.testing.deadline:DeadlinePromises",
+        template="fedtower.core:scaffold/deadline",
+        summary="says how long a round may take",
+    ),
+    Kind(
         "signer",
         seam="fedtower.core.signing:Signer",
         promises="fedtower.core.testing.signer:SignerPromises",

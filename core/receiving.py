@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fedtower.core.checking import WORDS, CheckSettings, Reason, check
 from fedtower.core.client import ClientSide
 from fedtower.core.cohort import Cohort
+from fedtower.core.deadline import ARRIVED
 from fedtower.core.errors import UpdateError
 from fedtower.core.hooks import Hooks
 from fedtower.core.plan import Plan
@@ -31,9 +32,26 @@ def in_time(
         yield block
 
 
+def stamped(blocks: Iterable[Updates], started: float, clock: Callable[[], float]) -> Iterator[Updates]:
+    """The blocks with when they came, where their transport does not say when each of their updates did."""
+    for block in blocks:
+        came = np.full(len(block), clock() - started)
+        yield replace(block, metrics={ARRIVED: came, **block.metrics})
+
+
+def until_enough(blocks: Iterable[Updates], target: int | None, tally: Tally) -> Iterator[Updates]:
+    """The blocks until so many clients count as ``target``: who is later is not asked."""
+    for block in blocks:
+        yield block
+        if target is not None and tally.heard >= target:
+            return
+
+
 @dataclass(frozen=True)
 class Reception:
-    """Takes a round's updates in. One client's mistake costs that client's update, and never the round."""
+    """Takes a round's updates in. One client's mistake costs that client's update, and never the round. What comes
+    beyond ``target`` updates is surplus.
+    """
 
     plan: Plan
     cohort: Cohort
@@ -42,6 +60,7 @@ class Reception:
     client: ClientSide
     hooks: Hooks
     tally: Tally
+    target: int | None = None
 
     def accepted(self, blocks: Iterable[Updates]) -> Iterator[Updates]:
         """What counts of the blocks, decoded, each with its bytes on the way as the metric ``bytes_up``. What a client
@@ -86,6 +105,10 @@ class Reception:
                 counted[client] = words is None
                 if words is not None:
                     self._refuse(block, client, Reason.PLUGIN, words)
+        if self.target is not None:
+            for client in np.flatnonzero(counted)[max(self.target - self.tally.heard, 0) :].tolist():
+                counted[client] = False
+                self._refuse(block, client, Reason.SURPLUS, WORDS[Reason.SURPLUS])
         return counted
 
     def _again(self, block: Updates, counted: NDArray[np.bool_]) -> IntArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -20,6 +21,7 @@ from fedtower.core.settings import Part, build, plain, settings_of
 __all__ = [
     "CheckSettings",
     "CheckpointSettings",
+    "CohortSection",
     "DataSection",
     "EvaluationSettings",
     "Part",
@@ -46,6 +48,46 @@ class DataSection:
         metadata={"help": "hold a validation item out too: what the learning curve and all tuning look at"},
     )
     test_fraction: float = field(default=0.2, metadata={"help": "share of the events held out by time or at random"})
+
+
+@dataclass(frozen=True)
+class CohortSection:
+    """What chooses the clients of a round, and how many more of them are asked than are needed."""
+
+    part: Part = field(metadata={"part": "name"})
+    over_selection: float = field(
+        default=1.0,
+        metadata={"help": "so many times cohort.size are asked, and the round ends with cohort.size updates"},
+    )
+
+    def __post_init__(self) -> None:
+        if not self.over_selection >= 1.0:
+            raise RecipeError(
+                f"cohort.over_selection must be at least 1, not {self.over_selection}; 1.3 asks 30 % more clients than "
+                f"are needed"
+            )
+
+    @property
+    def asked(self) -> Part:
+        """The sampler of those who are asked.
+
+        Raises:
+            RecipeError: more are to be asked than the sampler's size, and it has none.
+        """
+        if self.over_selection == 1.0:
+            return self.part
+        if not isinstance(self.part.settings.get("size"), int):
+            raise RecipeError(
+                f"cohort.over_selection asks more clients than cohort.size, and the sampler {self.part.name!r} has no "
+                f"size; set over_selection = 1, or cohort.name = 'uniform'"
+            )
+        size = math.ceil(self.over_selection * self.part.settings["size"] - 1e-9)  # 1.1 x 10 is 11
+        return Part(self.part.name, {**self.part.settings, "size": size})
+
+    @property
+    def target(self) -> int | None:
+        """How many updates end a round; without over-selection all of the cohort's."""
+        return None if self.over_selection == 1.0 else int(self.part.settings["size"])
 
 
 @dataclass(frozen=True)
@@ -101,7 +143,7 @@ class Recipe:
     data: DataSection
     model: Part
     local: LocalSettings
-    cohort: Part
+    cohort: CohortSection
     server: ServerSection
     mode: Literal["simulated", "standalone", "deployed"] = "simulated"
     seed: int = 0
@@ -112,6 +154,7 @@ class Recipe:
     transforms: tuple[Part, ...] = ()
     aggregator: Part = field(default_factory=lambda: Part("fedavg"))
     transport: Part = field(default_factory=lambda: Part("in_process"))
+    deadline: Part | None = None
     journal: Part = field(default_factory=lambda: Part("sqlite"))
     signer: str = "ed25519"
     checks: CheckSettings = field(default_factory=CheckSettings)
@@ -151,12 +194,13 @@ class Recipe:
         return [
             ("data", "dataset", self.data.part),
             ("model", "model", self.model),
-            ("cohort", "sampler", self.cohort),
+            ("cohort", "sampler", self.cohort.part),
             ("runtime", "runtime", self.runtime),
             *((f"transforms.{i}", "transform", part) for i, part in enumerate(self.transforms)),
             ("aggregator", "aggregator", self.aggregator),
             ("server", "server_optimizer", self.server.part),
             ("transport", "transport", self.transport),
+            *([("deadline", "deadline", self.deadline)] if self.deadline else []),
             ("journal", "journal", self.journal),
             *([("index", "index", self.index)] if self.index else []),
             *((f"trackers.{i}", "tracker", part) for i, part in enumerate(self.trackers)),
@@ -212,7 +256,10 @@ def check(recipe: Recipe, registry: Registry) -> Recipe:
         except MissingDependency:
             continue
         (values[section][int(place)] if place else values[section]).update(settings_of(made))
-    return parse_recipe(values)
+    whole = parse_recipe(values)
+    if whole.cohort.target is not None:
+        registry.make("sampler", whole.cohort.asked, path="cohort")
+    return whole
 
 
 def override_values(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -246,6 +293,7 @@ SECTION_OF = {
     "aggregator": "aggregator",
     "server_optimizer": "server",
     "transport": "transport",
+    "deadline": "deadline",
     "journal": "journal",
     "index": "index",
     "tracker": "trackers",

@@ -15,16 +15,17 @@ from fedtower.core.aggregation import Aggregator
 from fedtower.core.checking import WORDS, CheckSettings, Reason
 from fedtower.core.client import ClientSide
 from fedtower.core.cohort import Cohort, Sampler
+from fedtower.core.deadline import Arrivals, Deadline, Listening
 from fedtower.core.draws import Draws
 from fedtower.core.errors import UpdateError
 from fedtower.core.hooks import Hooks
 from fedtower.core.plan import LocalSettings, Plan, RowSettings
-from fedtower.core.receiving import Reception, in_time
+from fedtower.core.receiving import Reception, in_time, stamped, until_enough
 from fedtower.core.rows import RowStore
 from fedtower.core.server import PublicTraining, Schedule, ServerOptimizer, ServerState, step
 from fedtower.core.tally import RoundReport, Tally
 from fedtower.core.transform import Transform, finish
-from fedtower.core.transport import Abandoned, KeepsTime, Transport
+from fedtower.core.transport import Abandoned, KeepsTime, OwnTime, Transport
 from fedtower.core.updates import Updates
 
 __all__ = ["Parts", "RoundReport", "run_round", "run_rounds", "stopped"]
@@ -35,7 +36,7 @@ PATIENCE = 3
 
 @dataclass(frozen=True)
 class Parts:
-    """What a round is made of."""
+    """What a round is made of. So many updates as ``target`` end a round; without it, all of the cohort."""
 
     population: int
     rounds: int
@@ -56,6 +57,8 @@ class Parts:
     checks: CheckSettings = field(default_factory=CheckSettings)
     accountant: Accountant | None = None
     public: PublicTraining | None = None
+    deadline: Deadline | None = None
+    target: int | None = None
 
 
 def run_rounds(state: ServerState, parts: Parts) -> Iterator[tuple[ServerState, RoundReport]]:
@@ -103,18 +106,22 @@ def run_round(state: ServerState, parts: Parts) -> tuple[ServerState, RoundRepor
 
     A round in which no update counts changes nothing but the round's number, and what an accountant recorded.
     """
+    if isinstance(parts.transport, OwnTime):
+        parts.transport.begin(state.transport)
     started = parts.clock()
     cohort = choose(state.round + 1, parts)
     plan = make_plan(state, parts)
     parts.hooks.observe("round_started", round=plan.round, cohort=cohort)
-    deadline = parts.hooks.decide("round_deadline", round=plan.round)
+    deadline = deadline_of(state, parts)
 
-    tally = Tally(cohort)
-    reception = Reception(plan, cohort, parts.transforms, parts.checks, parts.client, parts.hooks, tally)
+    tally, listening = Tally(cohort), Listening(cohort)
     arriving = parts.transport.exchange(plan, cohort, parts.client.visit, parts.draws, deadline)
-    if not (isinstance(parts.transport, KeepsTime) and parts.transport.keeps_time):
-        arriving = in_time(arriving, started, deadline, parts.clock)
-    blocks = tally.count(reception.accepted(arriving))
+    target = None if keeps_time(parts.transport) else cohort.target
+    if not keeps_time(parts.transport):
+        arriving = stamped(in_time(arriving, started, deadline, parts.clock), started, parts.clock)
+        arriving = until_enough(arriving, target, tally)
+    reception = Reception(plan, cohort, parts.transforms, parts.checks, parts.client, parts.hooks, tally, target)
+    blocks = tally.count(reception.accepted(listening.noted(arriving)))
 
     try:
         total, memory = parts.hooks.wrap("aggregate", lambda: fold(parts.aggregator, blocks, state), round=plan.round)
@@ -140,9 +147,39 @@ def run_round(state: ServerState, parts: Parts) -> tuple[ServerState, RoundRepor
             public=parts.public,
         )
 
-    report = tally.report(plan.round, parts.rounds, parts.clock() - started)
+    seconds = parts.clock() - started
+    spent = None
+    if isinstance(parts.transport, OwnTime):
+        spent = parts.transport.spent(tally.survivors())
+        state = replace(state, transport=parts.transport.state())
+    state = learn(state, listening.heard(seconds, deadline), parts)
+    report = tally.report(plan.round, parts.rounds, seconds, spent)
     announce(report, tally, parts.hooks)
     return state, report
+
+
+def deadline_of(state: ServerState, parts: Parts) -> float | None:
+    """How many seconds the next round may take: what a plugin decides, or else what the recipe's deadline says."""
+    decided: float | None = parts.hooks.decide("round_deadline", round=state.round + 1)
+    if decided is not None or parts.deadline is None:
+        return decided
+    return parts.deadline.limit(state.deadline or parts.deadline.init())
+
+
+def learn(state: ServerState, arrivals: Arrivals, parts: Parts) -> ServerState:
+    """The state with what the deadline learnt of a round; if that changed it, everybody is told why."""
+    if parts.deadline is None:
+        return state
+    memory, why = parts.deadline.learn(state.deadline or parts.deadline.init(), arrivals)
+    if why:
+        seconds = parts.deadline.limit(memory)
+        parts.hooks.observe("deadline_changed", round=arrivals.round, seconds=seconds, why=why)
+    return replace(state, deadline=memory)
+
+
+def keeps_time(transport: Transport) -> bool:
+    """Whether what a transport hands over has come in time, whenever it is read."""
+    return isinstance(transport, KeepsTime) and transport.keeps_time
 
 
 def account(state: ServerState, counted: Cohort, parts: Parts) -> ServerState:
@@ -158,7 +195,7 @@ def announce(report: RoundReport, tally: Tally, hooks: Hooks) -> None:
     """Tell who is missing, what was everybody's mistake, and how the round went."""
     missing, mistake = tally.missing(), tally.mistake()
     if len(missing):
-        hooks.observe("client_dropped", round=report.round, clients=missing, reason="sent no update in time")
+        hooks.observe("client_dropped", round=report.round, clients=missing, reason=tally.why_missing)
     if mistake is not None:
         hooks.observe("warned", message=mistake)
     hooks.observe("round_finished", report=report)
@@ -169,7 +206,10 @@ def choose(round: int, parts: Parts) -> Cohort:
     decided = parts.hooks.decide("select_clients", round=round, population=parts.population, draws=parts.draws)
     if decided is not None:
         return Cohort(round, np.unique(np.asarray(decided, dtype=np.int64)), parts.population)
-    return parts.sampler.sample(round, parts.population, parts.draws)
+    cohort = parts.sampler.sample(round, parts.population, parts.draws)
+    if parts.target is None or cohort.target is not None:
+        return cohort
+    return replace(cohort, target=min(parts.target, len(cohort)))
 
 
 def make_plan(state: ServerState, parts: Parts) -> Plan:

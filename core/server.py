@@ -28,6 +28,8 @@ class ServerState:
     aggregator: State = field(default_factory=dict)
     generation: int = 0
     accountant: State = field(default_factory=dict)
+    deadline: State = field(default_factory=dict)
+    transport: State = field(default_factory=dict)
 
 
 class ServerOptimizer(Protocol):

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedtower.core.checking import WORDS, Reason
 from fedtower.core.cohort import Cohort
+from fedtower.core.transport import DeviceTime
 from fedtower.core.updates import Updates
 
 IntArray = NDArray[np.int64]
@@ -27,7 +28,8 @@ class RoundReport:
     ``loss`` and ``metrics`` are means over the examples of the updates that counted; ``bytes_up`` and ``bytes_down``
     are theirs too: what was sent to clients that dropped out is not known here. ``dropped`` are all clients of the
     cohort that did not count; ``refused`` says of how many updates that was decided, by reason (see
-    :class:`fedtower.core.checking.Reason`).
+    :class:`fedtower.core.checking.Reason`). ``device_seconds`` is what the round took of its devices, where its
+    transport knows that, and ``wasted_seconds`` the part of visits that did not count; ``late`` of those were finished.
     """
 
     round: int
@@ -40,6 +42,9 @@ class RoundReport:
     seconds: float
     metrics: Mapping[str, float] = field(default_factory=dict)
     refused: Mapping[str, int] = field(default_factory=dict)
+    device_seconds: float = 0.0
+    wasted_seconds: float = 0.0
+    late: int = 0
 
 
 class Tally:
@@ -80,6 +85,11 @@ class Tally:
         counted: NDArray[np.bool_] = np.append(self._counted, False)[places]  # the last is for strangers
         return counted
 
+    @property
+    def heard(self) -> int:
+        """How many clients count."""
+        return int(np.count_nonzero(self._counted))
+
     def survivors(self) -> Cohort:
         """The clients whose update counts."""
         return Cohort(self._cohort.round, self._cohort.clients[self._counted], self._cohort.population)
@@ -88,6 +98,14 @@ class Tally:
         """The clients of the cohort from whom nothing came in time."""
         return self._cohort.clients[~self._counted & ~self._told]
 
+    @property
+    def why_missing(self) -> str:
+        """Why nothing came of them in time, for people."""
+        target = self._cohort.target
+        if target is not None and self.heard >= target:
+            return "the round had the updates that it needed before theirs came"
+        return "sent no update in time"
+
     def mistake(self) -> str | None:
         """What went wrong, if updates came and every one of them was refused."""
         if np.any(self._counted) or not self._refused:
@@ -95,10 +113,11 @@ class Tally:
         reasons = [f"{count} of them: {WORDS[reason]}" for reason, count in self._refused.items()]
         return f"every update of round {self._cohort.round} was refused, and nothing moved; {'; '.join(reasons)}"
 
-    def report(self, round: int, rounds: int, seconds: float) -> RoundReport:
+    def report(self, round: int, rounds: int, seconds: float, spent: DeviceTime | None = None) -> RoundReport:
         """The round in figures; the loss is the mean over examples, or NaN when there were none."""
+        spent = spent or DeviceTime()
         means = {name: _mean(parts) for name, parts in self._metrics.items()}
-        heard = len(self.survivors())
+        heard = self.heard
         return RoundReport(
             round=round,
             total_rounds=rounds,
@@ -110,6 +129,9 @@ class Tally:
             seconds=seconds,
             metrics=means,
             refused={reason.value: count for reason, count in sorted(self._refused.items())},
+            device_seconds=spent.seconds,
+            wasted_seconds=spent.wasted,
+            late=spent.late,
         )
 
     def _of_cohort(self, clients: IntArray) -> IntArray:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtower.core.cohort import Cohort
+from fedtower.core.cohort import Cohort, Sampler
 from fedtower.core.draws import Draws
 from fedtower.core.errors import FedtowerError
 from fedtower.core.plan import Plan
+from fedtower.core.traces import Load
 from fedtower.core.updates import Updates
 
 Visit = Callable[[Plan, NDArray[np.int64]], Updates]
+Costs = Callable[[Plan, NDArray[np.int64]], Load]
+State = Mapping[str, NDArray[Any]]
 
 
 @runtime_checkable
@@ -22,6 +26,75 @@ class KeepsTime(Protocol):
     """A transport that says itself which updates came in time: what it has acknowledged counts, whenever it is read."""
 
     keeps_time: ClassVar[bool]
+
+
+@dataclass(frozen=True)
+class DeviceTime:
+    """What a round took of its devices, in seconds of theirs: in all, and of visits that did not count. ``late`` visits
+    were finished, and came when the round was over.
+    """
+
+    seconds: float = 0.0
+    wasted: float = 0.0
+    late: int = 0
+
+
+@runtime_checkable
+class OwnTime(Protocol):
+    """A transport in whose world time goes otherwise than here. Its time is part of the server's state: a round begins
+    at the one, and leaves the next.
+    """
+
+    def begin(self, state: State) -> None:
+        """Be where ``state`` says; at the beginning, if it is empty."""
+        ...
+
+    def state(self) -> State:
+        """Where it stands."""
+        ...
+
+    def now(self) -> float:
+        """Seconds since some midnight."""
+        ...
+
+    def spent(self, counted: Cohort) -> DeviceTime:
+        """What the round took, if of its cohort ``counted`` counts."""
+        ...
+
+
+@runtime_checkable
+class Simulates(Protocol):
+    """A transport that has to know what visits cost: it opens to one that chooses clients, reaches them, and keeps the
+    time.
+    """
+
+    def over(self, costs: Costs, sampler: Sampler) -> Simulation:
+        """The transport of a run; ``sampler`` chooses among the clients that are there."""
+        ...
+
+
+class Simulation(OwnTime, Sampler, Protocol):
+    """What such a transport opens to: a :class:`Transport`, too."""
+
+    def exchange(
+        self, plan: Plan, cohort: Cohort, visit: Visit, draws: Draws, deadline: float | None
+    ) -> Iterator[Updates]:
+        """As :meth:`Transport.exchange`."""
+        ...
+
+
+def parts_of(count: int, width: int, target: int | None) -> Iterator[slice]:
+    """The blocks in which ``count`` clients are visited here: ``width`` at a time up to the target, and then one by
+    one, as some of those may not count.
+
+    >>> [(part.start, part.stop) for part in parts_of(7, 3, 5)]
+    [(0, 3), (3, 5), (5, 6), (6, 7)]
+    """
+    first = 0
+    while first < count:
+        room = width if target is None else max(min(width, target - first), 1)
+        yield slice(first, min(first + room, count))
+        first += room
 
 
 class Abandoned(FedtowerError):

@@ -80,7 +80,7 @@ class Deployed(Federated):
                 transforms=recipe.transforms,
                 evaluation=evaluation,
                 max_norm=recipe.checks.max_norm,
-                cohort_size=recipe.cohort.settings.get("size"),
+                cohort_size=recipe.cohort.asked.settings.get("size"),
                 journal=journal,
                 signer=signer,
                 said=lambda message: setting.hooks.observe("warned", message=message),

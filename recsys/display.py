@@ -103,6 +103,11 @@ class Display:
             self._print_pending(evaluation.metrics)
 
     @hookimpl
+    def deadline_changed(self, why: str) -> None:
+        self._print_pending()
+        self.say(why)
+
+    @hookimpl
     def warned(self, message: str) -> None:
         self._print_pending()
         self.console.print(Text.assemble(("warning: ", "bold yellow"), message), soft_wrap=True)

@@ -8,7 +8,9 @@ Every line has ``event`` and ``time``; the other keys depend on the event:
 ``model``          ``shared_bytes``: what a plan carries; ``table_bytes``: the cloud's tables, which no client is sent
 ``resumed``        ``round``: from where; what was logged of later rounds no longer counts
 ``round``          ``round``, ``loss``, ``metrics``, ``clients``, ``dropped``, ``bytes_up``, ``bytes_down``,
-                   ``seconds``; ``refused``, where there were such: how many updates did not count, by reason
+                   ``seconds``; ``refused``, where there were such: how many updates did not count, by reason; and,
+                   where they are known, ``device_seconds``, ``wasted_seconds``, ``late``
+``deadline``       ``round``, ``seconds``: from the next round on, ``why``
 ``evaluation``     ``round``, ``role``, ``label``, ``metrics``, ``cases``, ``users``
 ``baseline``       ``name``, ``role``, ``label``, ``metrics``
 ``checkpoint``     ``round``, ``path``
@@ -298,6 +300,7 @@ _SAME = {
     "evaluation": ("round", "role", "label"),
     "baseline": ("name", "role", "label"),
     "checkpoint": ("round",),
+    "deadline": ("round",),
     "index": (),
     "warning": ("message",),
 }
@@ -306,7 +309,7 @@ _KINDS = ("run_started", "data", "model", *_SAME, "run_finished")
 
 def _is_undone(event: Event, resumed: Event) -> bool:
     """Whether going back to the round of ``resumed`` makes ``event`` void."""
-    if event["event"] in ("round", "evaluation", "checkpoint", "index"):
+    if event["event"] in ("round", "evaluation", "checkpoint", "deadline", "index"):
         return bool(event.get("round", 0) > resumed.get("round", 0))
     return bool(event["event"] == "run_finished")
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedtower.core.checkpoint import Attachments, grouped
-from fedtower.core.client import ClientSide, Preparing
+from fedtower.core.client import ClientSide, Preparing, VisitCosts
 from fedtower.core.draws import Draws
 from fedtower.core.errors import CheckpointError, RecipeError
 from fedtower.core.hooks import Hooks
@@ -22,6 +22,7 @@ from fedtower.core.registry import Registry
 from fedtower.core.round import Parts, RoundReport, make_plan, run_rounds
 from fedtower.core.server import Schedule, ServerState
 from fedtower.core.store import ClientStore
+from fedtower.core.transport import OwnTime, Simulates
 from fedtower.recsys.evaluation import Evaluation, Role
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.models import Declared
@@ -191,11 +192,15 @@ class Federated:
             draws=setting.draws,
             device_state=self._model.declared.on_device,
         )
+        sampler = make("sampler", recipe.cohort.asked, path="cohort")
+        transport = make("transport", recipe.transport, path="transport")
+        if isinstance(transport, Simulates):
+            sampler = transport = transport.over(VisitCosts(data, self._model.tables), sampler)
         self._parts = Parts(
             population=setting.task.num_clients,
             rounds=recipe.rounds,
-            sampler=make("sampler", recipe.cohort, path="cohort"),
-            transport=make("transport", recipe.transport, path="transport"),
+            sampler=sampler,
+            transport=transport,
             client=client,
             transforms=transforms,
             aggregator=make("aggregator", recipe.aggregator, path="aggregator"),
@@ -207,9 +212,11 @@ class Federated:
             schedule=Schedule(recipe.server.decay, recipe.server.decay_to, recipe.rounds),
             hooks=setting.hooks,
             draws=setting.draws,
-            clock=setting.clock,
+            clock=transport.now if isinstance(transport, OwnTime) else setting.clock,
             checks=recipe.checks,
             public=self._public,
+            deadline=None if recipe.deadline is None else make("deadline", recipe.deadline, path="deadline"),
+            target=recipe.cohort.target,
         )
         parameters = self._model.declared.parameters()
         self._state = ServerState(0, parameters, optimizer.init(parameters))
@@ -237,6 +244,8 @@ class Federated:
             **under("optimizer", state.optimizer),
             **under("aggregator", state.aggregator),
             **under("accountant", state.accountant),
+            **under("deadline", state.deadline),
+            **under("transport", state.transport),
             **self._model.snapshot(),
             **under("public", {} if self._public is None else self._public.store.snapshot()),
         }
@@ -257,6 +266,8 @@ class Federated:
             optimizer=grouped(arrays, "optimizer"),
             aggregator=grouped(arrays, "aggregator"),
             accountant=grouped(arrays, "accountant"),
+            deadline=grouped(arrays, "deadline"),
+            transport=grouped(arrays, "transport"),
             generation=0 if self._model.tables is None else self._model.tables.generation,
         )
 

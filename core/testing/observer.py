@@ -97,6 +97,7 @@ def a_run(folder: Path) -> list[tuple[str, Mapping[str, Any]]]:
             ("client_dropped", {"round": round, "clients": np.array([20]), "reason": "sent no update that counted"}),
             ("update_refused", {"round": round, "client": 20, "reason": "norm", "words": "its update is too long"}),
             ("privacy_spent", {"round": round, "spent": {"epsilon": 0.5 * round, "delta": 1e-6}}),
+            ("deadline_changed", {"round": round, "seconds": 8.1, "why": "deadline 12.4 s → 8.1 s: all came early"}),
             ("round_finished", {"report": examples.report(round)}),
         ]
     return [

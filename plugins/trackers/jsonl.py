@@ -59,7 +59,13 @@ class JSONLines:
             bytes_down=report.bytes_down,
             seconds=round(report.seconds, 6),
             **({"refused": dict(report.refused)} if report.refused else {}),
+            **({"late": report.late} if report.late else {}),
+            **_device_time(report),
         )
+
+    @hookimpl
+    def deadline_changed(self, round: int, seconds: float, why: str) -> None:
+        self._append("deadline", round=round, seconds=seconds, why=why)
 
     @hookimpl
     def evaluated(self, round: int, subject: str, evaluation: Evaluation) -> None:
@@ -95,6 +101,13 @@ class JSONLines:
         if self._log is None:
             raise FedtowerError("the log has no folder yet: run_started comes before everything else")
         return self._log
+
+
+def _device_time(report: RoundReport) -> dict[str, float]:
+    """What the round took of its devices, where that is known."""
+    if not report.device_seconds:
+        return {}
+    return {"device_seconds": round(report.device_seconds, 3), "wasted_seconds": round(report.wasted_seconds, 3)}
 
 
 @hookimpl

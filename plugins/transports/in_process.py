@@ -13,14 +13,14 @@ from fedtower.core.errors import RecipeError
 from fedtower.core.hooks import hookimpl
 from fedtower.core.plan import Plan
 from fedtower.core.registry import Registry
-from fedtower.core.transport import Visit
+from fedtower.core.transport import Visit, parts_of
 from fedtower.core.updates import Updates
 
 
 @dataclass(frozen=True)
 class InProcess:
     """Updates of ``block`` clients at a time; a share of the cohort drawn by the seed can be made to vanish before it
-    trains.
+    trains. Where a part of the cohort is enough, who comes first is drawn by the seed.
     """
 
     block: int = field(
@@ -42,8 +42,10 @@ class InProcess:
         clients = cohort.clients
         if self.dropout:
             clients = clients[draws.uniform("dropout", plan.round, clients) >= self.dropout]
-        for start in range(0, len(clients), self.block):
-            yield visit(plan, np.asarray(clients[start : start + self.block]))
+        if cohort.target is not None:
+            clients = clients[np.argsort(draws.bits("arrival", plan.round, clients), kind="stable")]
+        for part in parts_of(len(clients), self.block, cohort.target):
+            yield visit(plan, np.sort(clients[part]))
 
 
 @hookimpl

@@ -13,6 +13,7 @@ HOW_MANY = {
     "aggregator": 1,
     "command": 18,
     "dataset": 6,
+    "deadline": 2,
     "exporter": 2,
     "journal": 2,
     "index": 2,
@@ -25,7 +26,7 @@ HOW_MANY = {
     "suite": 3,
     "tracker": 3,
     "transform": 1,
-    "transport": 2,
+    "transport": 3,
 }
 
 

@@ -42,7 +42,7 @@ def test_a_section_names_its_part_and_holds_its_settings() -> None:
     assert recipe.data.part == Part("synthetic", {"users": 100})
     assert recipe.server.part == Part("adam", {"beta1": 0.8})
     assert (recipe.server.lr, recipe.server.decay) == (0.005, "none")
-    assert recipe.cohort == Part("uniform", {"size": 5})
+    assert recipe.cohort.part == Part("uniform", {"size": 5})
 
 
 def test_it_survives_a_round_trip_through_toml() -> None:

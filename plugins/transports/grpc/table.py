@@ -13,14 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from fedtower.core.cohort import Cohort
+from fedtower.core.deadline import ARRIVED
 from fedtower.core.draws import Draws
 from fedtower.core.errors import CheckpointError
-from fedtower.core.journal import Clock, Instant, Journal, RoundRecord, Task, WrongState, since_boot, wait
+from fedtower.core.journal import Accepted, Clock, Instant, Journal, RoundRecord, Task, WrongState, since_boot, wait
 from fedtower.core.plan import Plan
 from fedtower.core.rows import IntArray
 from fedtower.core.signing import Signer
 from fedtower.core.transport import Abandoned, Visit
 from fedtower.core.updates import Updates
+from fedtower.plugins.transports.grpc.arrivals import ArrivalTimes
 from fedtower.plugins.transports.grpc.artefact_store import ArtefactStore
 from fedtower.plugins.transports.grpc.artefacts import Artefact, encode_parameter
 from fedtower.plugins.transports.grpc.codec import decode_submission
@@ -77,16 +79,21 @@ class TableSide:
     ) -> Iterator[Updates]:
         """The accepted updates of a cohort, one at a time, as they come. ``visit`` is the devices' own matter."""
         terms = self.terms if deadline is None else replace(self.terms, deadline_seconds=deadline)
-        window = self._opened(plan, "train", cohort.clients, min(self.target or len(cohort), len(cohort)), terms)
-        for client, payload in self._accepted(window, terms):
-            yield decode_submission(payload, client, most_bytes=self.most_bytes).updates
+        target = min(self.target or cohort.target or len(cohort), len(cohort))
+        window = self._opened(plan, "train", cohort.clients, target, terms)
+        unseen = self.journal.record(window.round, "train").accepted
+        times = ArrivalTimes(self.windows / f"{window.round:06d}-train.arrived", unseen)
+        for each in self._accepted(window, terms):
+            updates = decode_submission(each.payload, each.client, most_bytes=self.most_bytes).updates
+            came = times.seen(each.position, elapsed(window.opened, self.clock()))
+            yield replace(updates, metrics={**updates.metrics, ARRIVED: np.array([came])})
 
     def judged(self, plan: Plan, clients: IntArray) -> dict[str, MetricSum]:
         """The metrics of the devices' own held-out items: sums and counts over all that answered in time."""
         window = self._opened(plan, "evaluate", clients, len(clients), self.terms)
         totals: dict[str, MetricSum] = {}
-        for client, payload in self._in_vain(self._accepted(window, self.terms)):
-            for name, each in decode_submission(payload, client, most_bytes=self.most_bytes).sums.items():
+        for upload in self._in_vain(self._accepted(window, self.terms)):
+            for name, each in decode_submission(upload.payload, upload.client, most_bytes=self.most_bytes).sums.items():
                 held = totals.get(name, MetricSum(0.0, 0))
                 totals[name] = MetricSum(held.total + each.total, held.cases + each.cases)
         self.committed(window.round, "evaluate")
@@ -130,6 +137,7 @@ class TableSide:
                 target=target,
                 lease_seconds=terms.lease_seconds,
                 heartbeat_seconds=terms.heartbeat_seconds,
+                deadline_seconds=terms.deadline_seconds,
                 opened=self.clock(),
             )
             held.write(self.windows)
@@ -140,18 +148,18 @@ class TableSide:
             self.journal.open_round(self.epoch, plan.round, task, digest.hex())
         return held
 
-    def _accepted(self, window: Window, terms: Terms) -> Iterator[tuple[int, bytes]]:
-        """Client and payload of every accepted upload; the window is closed when this ends.
+    def _accepted(self, window: Window, terms: Terms) -> Iterator[Accepted]:
+        """Every accepted upload; the window is closed when this ends.
 
         Raises:
             Abandoned: the deadline came before the quorum; the window was abandoned.
         """
         round, task, after = window.round, window.task, 0
         while True:
-            left = terms.deadline_seconds - elapsed(window.opened, self.clock())
+            left = window.deadline_seconds - elapsed(window.opened, self.clock())
             record = wait(self.journal, round, task, after, min(max(left, 0.0), 1.0))
             for each in self.journal.accepted(round, task, after):
-                yield each.client, each.payload
+                yield each
                 after = each.position
             if record.state != "open":
                 break
@@ -160,10 +168,9 @@ class TableSide:
         if record.state == "abandoned":
             raise Abandoned(record.reason)
         # What was accepted between the last look and the closing.
-        for each in self.journal.accepted(round, task, after):
-            yield each.client, each.payload
+        yield from self.journal.accepted(round, task, after)
 
-    def _in_vain(self, accepted: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    def _in_vain(self, accepted: Iterator[Accepted]) -> Iterator[Accepted]:
         """The same; that there were too few is said, and what came is used: a mean is one of those that answered."""
         try:
             yield from accepted
@@ -175,7 +182,7 @@ class TableSide:
         if accepted >= needed:
             return self.journal.advance(self.epoch, window.round, window.task, "closed")
         reason = (
-            f"after {terms.deadline_seconds:g} s there were {accepted} of {window.target} updates, and the quorum is "
+            f"after {window.deadline_seconds:g} s there were {accepted} of {window.target} updates, and the quorum is "
             f"{needed}"
         )
         return self.journal.advance(self.epoch, window.round, window.task, "abandoned", reason)

@@ -37,7 +37,7 @@ class Grpc:
     """Devices call over gRPC; the server chooses among those that have called lately."""
 
     wait_for: int = field(default=0, metadata={"help": "clients that must be there before a round; 0: cohort.size"})
-    target: int = field(default=0, metadata={"help": "updates that end a round; 0: the whole cohort"})
+    target: int = field(default=0, metadata={"help": "updates that end a round; 0: the cohort says"})
     quorum: float = field(default=1.0, metadata={"help": "share of the target that is enough at the deadline"})
     deadline_seconds: float = field(default=600.0, metadata={"help": "how long a round waits, unless a plugin decides"})
     lease_seconds: float = field(default=120.0, metadata={"help": "how long a silent device keeps its task"})
@@ -134,12 +134,12 @@ class GrpcLine:
 
     def choose(self, round: int, sampler: Sampler, draws: Draws) -> Cohort:
         """The cohort: as it was chosen before a kill, or out of those who called lately."""
-        held = self.side.chosen(round)
-        if held is not None:
-            return Cohort(round, held, int(held.max(initial=0)) + 1)
-        there = self._those_there()
-        chosen = there[sampler.sample(round, len(there), draws).clients]
-        return Cohort(round, chosen, int(there.max()) + 1)
+        chosen = self.side.chosen(round)
+        if chosen is None:
+            there = self._those_there()
+            chosen = there[sampler.sample(round, len(there), draws).clients]
+        target = min(self.settings.target, len(chosen)) if self.settings.target else None
+        return Cohort(round, chosen, int(chosen.max(initial=0)) + 1, target)
 
     def judged(self, plan: Plan, role: Role) -> Mapping[str, MetricSum]:
         """Sums and counts over the devices that are there."""

@@ -25,8 +25,8 @@ from fedtower.protos.v1 import federation_pb2 as pb
 class Window:
     """One round of one task.
 
-    ``clients`` (C,) may take part, sorted; ``target`` uploads are enough. ``opened`` is when it was opened: deadlines
-    count from there, whoever is killed meanwhile.
+    ``clients`` (C,) may take part, sorted; ``target`` uploads are enough. ``opened`` is when it was opened: from there
+    the deadline counts, whoever is killed meanwhile.
     """
 
     round: int
@@ -36,6 +36,7 @@ class Window:
     target: int
     lease_seconds: float
     heartbeat_seconds: float
+    deadline_seconds: float
     opened: Instant
 
     def write(self, folder: Path) -> None:
@@ -46,6 +47,7 @@ class Window:
             "target": self.target,
             "lease_seconds": self.lease_seconds,
             "heartbeat_seconds": self.heartbeat_seconds,
+            "deadline_seconds": self.deadline_seconds,
             "opened": {"boot": self.opened.boot, "seconds": self.opened.seconds},
         }
         path = path_of(folder, self.round, self.task)
@@ -88,6 +90,7 @@ def read_window(folder: Path, round: int, task: Task) -> Window | None:
             target=int(values["target"]),
             lease_seconds=float(values["lease_seconds"]),
             heartbeat_seconds=float(values["heartbeat_seconds"]),
+            deadline_seconds=float(values["deadline_seconds"]),
             opened=Instant(str(values["opened"]["boot"]), float(values["opened"]["seconds"])),
         )
     except FileNotFoundError:
@@ -98,6 +101,6 @@ def read_window(folder: Path, round: int, task: Task) -> Window | None:
 
 def forget_windows(folder: Path, through: int) -> None:
     """Remove the files of all rounds up to ``through``."""
-    for path in folder.glob("*.json"):
+    for path in [*folder.glob("*.json"), *folder.glob("*.arrived")]:
         if int(path.name.partition("-")[0]) <= through:
             path.unlink(missing_ok=True)
