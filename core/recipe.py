@@ -257,7 +257,7 @@ def check(recipe: Recipe, registry: Registry) -> Recipe:
             continue
         (values[section][int(place)] if place else values[section]).update(settings_of(made))
     whole = parse_recipe(values)
-    if whole.cohort.target is not None:
+    if whole.cohort.asked is not whole.cohort.part:
         registry.make("sampler", whole.cohort.asked, path="cohort")
     return whole
 

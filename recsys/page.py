@@ -260,6 +260,7 @@ def _cost(runs: Sequence[Told]) -> Markup:
         ("clients a round", lambda run: _mean(run.record, "clients", in_count)),
         ("dropped in all", lambda run: in_count(run.record.total("dropped"))),
         *([("of these refused", _refused)] if any(_refused(run) != "0" for run in runs) else []),
+        *_device_time(runs),
     ]
     heads = ["", *_columns(runs)]
     rows = [tag("tr", tag("th", name, scope="row"), [tag("td", of(run)) for run in runs]) for name, of in measures]
@@ -273,6 +274,17 @@ def _refused(run: Told) -> str:
         reasons.update(event.get("refused") or {})
     named = ", ".join(f"{reason} {in_count(count)}" for reason, count in reasons.most_common())
     return f"{in_count(reasons.total())}{f' ({named})' if named else ''}"
+
+
+def _device_time(runs: Sequence[Told]) -> list[tuple[str, Callable[[Told], str]]]:
+    """What the rounds took of their devices, where one of the runs knows it."""
+    if not any(run.record.total("device_seconds") for run in runs):
+        return []
+    return [
+        ("devices worked", lambda run: in_seconds(run.record.total("device_seconds"))),
+        ("of that, for nothing", lambda run: in_seconds(run.record.total("wasted_seconds"))),
+        ("finished when it was over", lambda run: in_count(run.record.total("late"))),
+    ]
 
 
 def _data(runs: Sequence[Told]) -> Markup | None:

@@ -239,6 +239,7 @@ class RunRecord:
             "bytes_up": self.total("bytes_up"),
             "bytes_down": self.total("bytes_down"),
             "dropped": self.total("dropped"),
+            **{name: self.total(name) for name in ("device_seconds", "wasted_seconds", "late") if self.total(name)},
             **({} if self.row_selection is None else {"row_selection": self.row_selection.to_dict()}),
             "evaluations": [_bare(event) for role in ("validation", "test") for event in self.final(role)],
             "baselines": [_bare(event) for event in self.baselines],

@@ -80,9 +80,8 @@ class TableSide:
         """The accepted updates of a cohort, one at a time, as they come. ``visit`` is the devices' own matter."""
         terms = self.terms if deadline is None else replace(self.terms, deadline_seconds=deadline)
         target = min(self.target or cohort.target or len(cohort), len(cohort))
+        times = ArrivalTimes(self.windows / f"{plan.round:06d}-train.arrived", self._accepted_before(plan.round))
         window = self._opened(plan, "train", cohort.clients, target, terms)
-        unseen = self.journal.record(window.round, "train").accepted
-        times = ArrivalTimes(self.windows / f"{window.round:06d}-train.arrived", unseen)
         for each in self._accepted(window, terms):
             updates = decode_submission(each.payload, each.client, most_bytes=self.most_bytes).updates
             came = times.seen(each.position, elapsed(window.opened, self.clock()))
@@ -147,6 +146,13 @@ class TableSide:
         except WrongState:  # it is not there
             self.journal.open_round(self.epoch, plan.round, task, digest.hex())
         return held
+
+    def _accepted_before(self, round: int) -> int:
+        """How many updates a round has that an earlier process opened; none of a new one."""
+        try:
+            return self.journal.record(round, "train").accepted
+        except WrongState:
+            return 0
 
     def _accepted(self, window: Window, terms: Terms) -> Iterator[Accepted]:
         """Every accepted upload; the window is closed when this ends.
