@@ -62,7 +62,9 @@ class Deciding:
 
     @hookspec(firstresult=True)
     def round_deadline(self, round: int) -> float | None:
-        """Seconds after the start of the round from which on updates are dropped; the transport is told."""
+        """Seconds after the start of the round from which on updates are dropped; the transport is told. It comes
+        before what the recipe's ``[deadline]`` says.
+        """
 
     @hookspec(firstresult=True)
     def accept_update(self, update: Updates, plan: Plan) -> str | None:

@@ -22,6 +22,7 @@ from fedtower.core.recipe import parse_recipe
 from fedtower.core.testing import examples
 from fedtower.core.testing.aggregator import AggregatorPromises
 from fedtower.core.testing.command import CommandPromises
+from fedtower.core.testing.deadline import DeadlinePromises
 from fedtower.core.testing.observer import ObserverPromises
 from fedtower.core.testing.recipe import RecipePromises
 from fedtower.core.testing.sampler import SamplerPromises
@@ -30,6 +31,7 @@ from fedtower.core.testing.transform import TransformPromises
 from fedtower.core.testing.transport import TransportPromises
 from fedtower.core.updates import Updates, stack
 from fedtower.plugins.aggregators.fedavg import FedAvg
+from fedtower.plugins.deadlines.adaptive import Adaptive
 from fedtower.plugins.datasets.synthetic import Synthetic, SyntheticPopulation
 from fedtower.plugins.models.dssm.model import DSSM, UserTower
 from fedtower.plugins.runtimes.torch_loop.runtime import Loop, TorchLoop
@@ -37,6 +39,7 @@ from fedtower.plugins.samplers.uniform import Uniform
 from fedtower.plugins.server_optimizers.adam import Adam
 from fedtower.plugins.transforms.clip import Clip
 from fedtower.plugins.transports.in_process import InProcess
+from fedtower.plugins.transports.virtual_clock.transport import VirtualClock, VirtualLine
 from fedtower.recsys.testing.dataset import DatasetPromises
 from fedtower.recsys.testing.model import ModelPromises
 from fedtower.recsys.testing.runtime import RuntimePromises
@@ -206,6 +209,77 @@ MUTANTS = {
                 return iter(())
         """,
         {"somebody_answers"},
+    ),
+    "Timeless(TransportPromises)": (
+        """
+        class Stuck(VirtualLine):
+            def begin(self, state):
+                super().begin({})
+            def spent(self, counted):
+                spent = super().spent(counted)
+                return replace(spent, wasted=spent.seconds)
+        class make(VirtualClock):
+            def over(self, costs, sampler): return Stuck(self, costs, sampler)
+        """,
+        {
+            "a_transport_with_a_time_of_its_own_goes_on_from_a_saved_one",
+            "what_counts_is_no_waste_of_a_transport_that_knows_what_devices_spend",
+        },
+    ),
+    "Overdue(TransportPromises)": (
+        """
+        class Tardy(VirtualLine):
+            def exchange(self, plan, cohort, visit, draws, deadline):
+                return super().exchange(plan, cohort, visit, draws, None)
+        class make(VirtualClock):
+            def over(self, costs, sampler): return Tardy(self, costs, sampler)
+        """,
+        {"time_of_its_own_never_goes_back_nor_beyond_the_deadline"},
+    ),
+    # deadline
+    "Secretive(DeadlinePromises)": (
+        """
+        class make(Adaptive):
+            def learn(self, state, arrivals):
+                return super().learn(state, arrivals)[0], ""
+        """,
+        {"a_change_is_said_and_nothing_else_is"},
+    ),
+    "Remembering(DeadlinePromises)": (
+        """
+        def make():
+            class D(Adaptive):
+                def learn(self, state, arrivals):
+                    object.__setattr__(self, 'calls', getattr(self, 'calls', 0) + 1)
+                    return {**state, "seconds": np.array(1.0 + self.calls)}, "another round"
+            return D()
+        """,
+        {"it_goes_on_from_a_saved_state"},
+    ),
+    "Scrawling(DeadlinePromises)": (
+        """
+        class make(Adaptive):
+            def learn(self, state, arrivals):
+                state["seconds"] *= 1.5
+                return state, "longer"
+        """,
+        {"what_goes_in_is_left_alone"},
+    ),
+    "Hoarding(DeadlinePromises)": (
+        """
+        class make(Adaptive):
+            def learn(self, state, arrivals):
+                state, why = super().learn(state, arrivals)
+                return {**state, "all": np.append(state.get("all", np.zeros(0)), arrivals.ended)}, why
+        """,
+        {"the_state_can_be_saved_and_does_not_grow_forever"},
+    ),
+    "Impatient(DeadlinePromises)": (
+        """
+        class make(Adaptive):
+            def limit(self, state): return super().limit(state) - 20.0
+        """,
+        {"a_round_always_has_some_time", "rounds_in_which_nobody_was_asked_or_heard_are_no_error"},
     ),
     # observer
     "Clumsy(ObserverPromises)": (

@@ -122,6 +122,9 @@ def test_a_window_ends_with_its_target(
     blocks = side.exchange(PLAN, cohort, None, Draws(1), None)  # type: ignore[arg-type]
     for client in range(updates):
         arriving(blocks, side, client, pool)
+        window = read_window(tmp_path / "windows", 1, "train")
+        assert window is not None
+        assert window.target == updates
     assert list(blocks) == []
     assert side.journal.record(1, "train").state == "closed"
     assert side.journal.lease(1, "train", 3, 60.0).result() is None
