@@ -144,7 +144,7 @@ def test_the_runs_of_a_suite_are_its_entries_with_every_seed() -> None:
     registry = discover()
     tasks = tasks_of(SUITE, registry)
     assert [task.name for task in tasks] == [f"{name}-s{seed}" for seed in (1, 2, 3) for name in ("small", "large")]
-    assert [task.recipe.cohort.settings["size"] for task in tasks[:2]] == [5, 9]
+    assert [task.recipe.cohort.part.settings["size"] for task in tasks[:2]] == [5, 9]
     assert {task.recipe.seed for task in tasks} == {1, 2, 3}
     quick = tasks_of(SUITE, registry, quick=True, only=["large"], options=["local.lr=0.5"])
     assert [(task.recipe.rounds, task.recipe.local.lr) for task in quick] == [(2, 0.5)]
