@@ -15,7 +15,7 @@ import pytest
 from fedtower.core.cohort import Cohort
 from fedtower.core.deadline import ARRIVED
 from fedtower.core.draws import Draws
-from fedtower.core.journal import Instant, Upload
+from fedtower.core.journal import Instant, Lease, Outcome, Upload
 from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.transport import Abandoned
 from fedtower.core.updates import Updates
@@ -66,12 +66,20 @@ def table(folder: Path, clock: HandClock) -> TableSide:
     return TableSide(folder, journal, journal.claim(), signer, template, terms, lambda message: None, clock=clock)
 
 
-def upload(side: TableSide, client: int) -> None:
+def leased(side: TableSide, client: int) -> Lease:
     lease = side.journal.lease(1, "train", client, 60.0).result()
     assert lease is not None
+    return lease
+
+
+def upload(side: TableSide, client: int) -> Outcome:
+    return hand_in(side, leased(side, client))
+
+
+def hand_in(side: TableSide, lease: Lease) -> Outcome:
     updates = Updates(np.array([1.0]), dense={"w": np.ones((1, 2), np.float32)})
     submission = Submission(Belongs("a federation", bytes(32), 1, lease.id), updates, 1)
-    side.journal.accept(Upload.of(lease.id, encode_submission(submission))).result()
+    return side.journal.accept(Upload.of(lease.id, encode_submission(submission))).result()
 
 
 def came(block: Updates) -> float:
@@ -120,14 +128,18 @@ def test_a_window_ends_with_its_target(
     side = replace(table(tmp_path, HandClock()), target=of_the_side)
     cohort = replace(EVERYBODY, target=of_the_cohort)
     blocks = side.exchange(PLAN, cohort, None, Draws(1), None)  # type: ignore[arg-type]
+    slow: list[Lease] = []
     for client in range(updates):
         arriving(blocks, side, client, pool)
         window = read_window(tmp_path / "windows", 1, "train")
         assert window is not None
         assert window.target == updates
+        if client == 0 and updates < 4:
+            slow.append(leased(side, 3))
     assert list(blocks) == []
     assert side.journal.record(1, "train").state == "closed"
     assert side.journal.lease(1, "train", 3, 60.0).result() is None
+    assert [hand_in(side, lease) for lease in slow] == [Outcome.LATE] * len(slow)
     side.journal.close()
 
 
