@@ -127,7 +127,7 @@ class Watched:
         """How it stands now. What cannot be read is left out, and said."""
         record, running = self._log.record(), running_of(self._folder.path)
         windows, trouble = self._windows()
-        standing = self._transport.standing(self._folder.path, windows, self._recipe.cohort.settings.get("size"))
+        standing = self._transport.standing(self._folder.path, windows, self._recipe.cohort.asked.settings.get("size"))
         phase = _phase(record, running, windows, standing, self._folder.path)
         evaluation = record.evaluations[-1] if record.evaluations else None
         counts = standing.counts

@@ -57,7 +57,7 @@ class Served:
         (self.folder / "processes.json").write_text(json.dumps(to_json({n: Running.of(n, os.getpid()) for n in names})))
 
     def open(self, round: int, task: Any = "train", target: int = 3) -> None:
-        window = Window(round, task, pb.SignedArtefact(), np.arange(4), target, 9.0, 3.0, since_boot())
+        window = Window(round, task, pb.SignedArtefact(), np.arange(4), target, 9.0, 3.0, 60.0, since_boot())
         window.write(self.folder / "windows")
         self.journal.open_round(self.epoch, round, task, "ab")
 
