@@ -11,7 +11,7 @@ REGISTRY = discover()
 
 HOW_MANY = {
     "aggregator": 1,
-    "command": 18,
+    "command": 19,
     "dataset": 6,
     "deadline": 2,
     "exporter": 2,
