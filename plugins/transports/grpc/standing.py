@@ -13,15 +13,13 @@ from fedtower.plugins.transports.grpc.windows import read_window
 from fedtower.recsys.line import Counts, Waiting
 
 
-def waiting_of(
-    folder: Path, records: Sequence[RoundRecord], deadline_seconds: float, clock: Clock = since_boot
-) -> list[Waiting]:
+def waiting_of(folder: Path, records: Sequence[RoundRecord], clock: Clock = since_boot) -> list[Waiting]:
     """The windows that are open, with what their files in ``folder`` say of them."""
     found = []
     for record in records:
         window = read_window(folder, record.round, record.task) if record.state == "open" else None
         if window is not None:
-            seconds = float(getattr(window, "deadline_seconds", deadline_seconds))  # its own, where it has one
+            seconds = window.deadline_seconds
             found.append(
                 Waiting(
                     round=record.round,

@@ -78,7 +78,7 @@ class Grpc:
         return Standing(
             there=len(look(folder / "present", self.presence_seconds)),
             needed=self.wait_for or cohort_size or 1,
-            open=waiting_of(folder / "windows", windows, self.deadline_seconds),
+            open=waiting_of(folder / "windows", windows),
             counts=counts_of(folder),
         )
 
