@@ -30,6 +30,7 @@ class Reason(StrEnum):
     NOT_ASKED = "not_asked"
     REPEATED = "repeated"
     OTHER_ROUND = "other_round"
+    STALE = "stale"
     UNDECODABLE = "undecodable"
     WRONG_NAMES = "wrong_names"
     WRONG_SHAPE = "wrong_shape"
@@ -49,6 +50,7 @@ WORDS: Mapping[Reason, str] = {
     Reason.NOT_ASKED: "it is not of the cohort",
     Reason.REPEATED: "an update of it has come already",
     Reason.OTHER_ROUND: "its update is of another round",
+    Reason.STALE: "its update was trained from a version that is too old (asynchronous.max_staleness)",
     Reason.UNDECODABLE: "its bytes are not what the transforms send; are client and server of one version?",
     Reason.WRONG_NAMES: "it sent other parameters or tables than the plan's; is it on an older plan?",
     Reason.WRONG_SHAPE: "it sent parameters in other shapes than the plan's; is it on an older plan?",
@@ -92,18 +94,24 @@ class Leased:
 
 
 def check(
-    block: Updates, plan: Plan, cohort: Cohort, settings: CheckSettings, leased: Mapping[str, Leased] | None = None
+    block: Updates,
+    plan: Plan,
+    cohort: Cohort | None,
+    settings: CheckSettings,
+    leased: Mapping[str, Leased] | None = None,
+    stalest: int | None = None,
 ) -> list[Reason | None]:
     """For each client of a decoded block the first reason to refuse its update, or ``None``.
 
-    ``leased`` is what the clients of the block were given, by table, in the order of the block; ``None`` where that is
-    not known.
+    ``cohort`` are those who were asked; ``None`` where who reached them has seen to that. ``leased`` is what the
+    clients of the block were given, by table, in the order of the block; ``None`` where that is not known. ``stalest``
+    is how many rounds behind the plan's an update may be; ``None`` wants the plan's own.
     """
     verdict: list[Reason | None] = [None] * len(block)
     wrong = _form(block, plan, leased)
     if wrong is not None:  # a block has one form: what does not fit can be looked at no further
         return [wrong] * len(block)
-    for reason, refused in _refusals(block, plan, cohort, settings, leased or {}).items():
+    for reason, refused in _refusals(block, plan, cohort, settings, leased or {}, stalest).items():
         if np.any(refused):
             verdict = [held or (reason if bad else None) for held, bad in zip(verdict, refused, strict=True)]
     return verdict
@@ -126,7 +134,12 @@ def _form(block: Updates, plan: Plan, leased: Mapping[str, Leased] | None) -> Re
 
 
 def _refusals(
-    block: Updates, plan: Plan, cohort: Cohort, settings: CheckSettings, leased: Mapping[str, Leased]
+    block: Updates,
+    plan: Plan,
+    cohort: Cohort | None,
+    settings: CheckSettings,
+    leased: Mapping[str, Leased],
+    stalest: int | None,
 ) -> dict[Reason, Mask]:
     """For each reason the clients (C,) that it is true of; what comes first is said first."""
     nobody = np.zeros(len(block), dtype=bool)
@@ -135,11 +148,11 @@ def _refusals(
     reach = _reach(block)
     down = block.metrics.get("bytes_down", np.zeros(len(block)))
     with np.errstate(over="ignore", invalid="ignore"):  # what is infinite is too large, and what is NaN not finite
-        too_large = weights * np.fmax(reach, 1.0) > _share(len(cohort))
+        too_large = weights * np.fmax(reach, 1.0) > _share(_MOST_AT_LIMIT if cohort is None else len(cohort))
     strange = {name: part for name, part in block.rows.items() if name not in leased or not _same(part, leased[name])}
     refusals = {
-        Reason.NOT_ASKED: nobody if block.clients is None else cohort.places(block.clients) < 0,
-        Reason.OTHER_ROUND: nobody if block.rounds is None else block.rounds != plan.round,
+        Reason.NOT_ASKED: nobody if block.clients is None or cohort is None else cohort.places(block.clients) < 0,
+        **_of_other_rounds(block, plan, stalest),
         Reason.WEIGHT: unfit,
         Reason.NUM_EXAMPLES: nobody if settings.max_examples is None else block.weights > settings.max_examples,
         Reason.NOT_FINITE: ~np.isfinite(reach) | ~np.isfinite(down) | (down < 0),
@@ -154,11 +167,23 @@ def _refusals(
     return refusals
 
 
+def _of_other_rounds(block: Updates, plan: Plan, stalest: int | None) -> dict[Reason, Mask]:
+    """Whose update is of a round that does not count here, (C,), by reason."""
+    if stalest is None:
+        return {Reason.OTHER_ROUND: np.zeros(len(block), bool) if block.rounds is None else block.rounds != plan.round}
+    if block.rounds is None:  # what nobody can place cannot be discounted
+        return {Reason.OTHER_ROUND: np.ones(len(block), dtype=bool)}
+    return {Reason.OTHER_ROUND: block.rounds > plan.round, Reason.STALE: block.rounds < plan.round - stalest}
+
+
+_MOST_AT_LIMIT = 1024
+
+
 def _share(clients: int) -> float:
     """How large weight times delta of one client may be. If none of up to 1,024 is larger, their sum on the grid fills
     half of its range at most; a larger cohort is not held to less, because so many are not at the limit together.
     """
-    return LIMIT * GRID / (2 * min(max(clients, 1), 1024))
+    return LIMIT * GRID / (2 * min(max(clients, 1), _MOST_AT_LIMIT))
 
 
 def _reach(block: Updates) -> FloatArray:

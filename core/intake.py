@@ -36,6 +36,7 @@ class Grant:
     task: Task
     client: int
     seconds: float
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Batch(Generic[S]):
     those ``granted`` and ``renewed``, and the uploads ``accepted``, each with its lease and position.
 
     ``rounds`` are the windows of all orders, as far as there are such, and ``leases`` all that the orders name, and the
-    newest one of each client who asks.
+    newest one of each client who asks. Where a grant has a ``most``, all open windows of its task are among ``rounds``,
+    and the leases in them that are not replaced among ``leases``.
     """
 
     def __init__(self, now: Instant, rounds: Mapping[Window, RoundRecord], leases: Iterable[LeaseRecord]) -> None:
@@ -63,6 +65,7 @@ class Batch(Generic[S]):
         self._leases: dict[bytes, LeaseRecord] = {}
         self._counts: dict[Window, int] = {}
         self._newest: dict[tuple[int, Task, int], bytes] = {}
+        self._at_work: dict[Task, dict[int, Lease]] = {}
         for held in leases:
             self._keep(held)
         self.replaced: list[bytes] = []
@@ -90,6 +93,7 @@ class Batch(Generic[S]):
             self._counts[window] = position
             self.accepted.append((held.lease, position, upload))
             self._leases[upload.lease] = LeaseRecord(held.lease, upload.digest)
+            self._at_work.pop(held.lease.task, None)
         return outcome
 
     def grant(self, order: Grant) -> Lease | None:
@@ -102,6 +106,10 @@ class Batch(Generic[S]):
             return None
         if held is not None and lives(held, record.state, self._now):
             return held.lease
+        if order.most is not None:
+            at_work = self._at_work[order.task] = self._at_work.get(order.task) or self._living(order.task)
+            if order.client in at_work or len(at_work) >= order.most:
+                return at_work.get(order.client)
         if held is not None:
             self.replaced.append(held.lease.id)
             self._keep(replace(held, replaced=True))
@@ -109,6 +117,7 @@ class Batch(Generic[S]):
         lease = Lease(secrets.token_bytes(16), order.round, order.task, order.client, expires)
         self.granted.append(lease)
         self._keep(LeaseRecord(lease))
+        self._at_work.get(order.task, {})[order.client] = lease
         return lease
 
     def renew(self, order: Renewal) -> Lease | None:
@@ -120,6 +129,15 @@ class Batch(Generic[S]):
         self.renewed.append(lease)
         self._keep(replace(held, lease=lease))
         return lease
+
+    def _living(self, task: Task) -> dict[int, Lease]:
+        """The living leases of a task, by client, in whichever window."""
+        every = (self._leases[id] for id in self._newest.values())
+        return {
+            held.lease.client: held.lease
+            for held in every
+            if held.lease.task == task and lives(held, self._state_of(held), self._now)
+        }
 
     def _keep(self, held: LeaseRecord) -> None:
         lease = held.lease

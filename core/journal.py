@@ -200,9 +200,14 @@ class Journal(Protocol):
         """
         ...
 
-    def lease(self, round: int, task: Task, client: int, seconds: float) -> Future[Lease | None]:
+    def lease(
+        self, round: int, task: Task, client: int, seconds: float, most: int | None = None
+    ) -> Future[Lease | None]:
         """A lease of that many seconds, or the living one that the client has; ``None`` where the window is not open,
         or the client's upload has been accepted.
+
+        With ``most`` the open windows of a task are seen as one: at most so many clients have a living lease in any of
+        them, and a client that has one is given that one.
         """
         ...
 

@@ -51,16 +51,19 @@ def until_enough(blocks: Iterable[Updates], target: int | None, tally: Tally) ->
 class Reception:
     """Takes a round's updates in. One client's mistake costs that client's update, and never the round. What comes
     beyond ``target`` updates is surplus.
+
+    ``cohort`` and ``stalest`` are as :func:`fedtower.core.checking.check` wants them.
     """
 
     plan: Plan
-    cohort: Cohort
+    cohort: Cohort | None
     transforms: Sequence[Transform]
     checks: CheckSettings
     client: ClientSide
     hooks: Hooks
     tally: Tally
     target: int | None = None
+    stalest: int | None = None
 
     def accepted(self, blocks: Iterable[Updates]) -> Iterator[Updates]:
         """What counts of the blocks, decoded, each with its bytes on the way as the metric ``bytes_up``. What a client
@@ -91,7 +94,7 @@ class Reception:
     def _judged(self, block: Updates) -> NDArray[np.bool_]:
         """Whether each client's update counts, (C,); the others are refused."""
         leased = None if block.clients is None else self.client.leased(block.clients)
-        verdict = check(block, self.plan, self.cohort, self.checks, leased)
+        verdict = check(block, self.plan, self.cohort, self.checks, leased, self.stalest)
         counted = np.array([reason is None for reason in verdict], dtype=bool)
         for client in np.flatnonzero(~counted).tolist():
             reason = verdict[client] or Reason.PLUGIN

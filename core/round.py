@@ -23,6 +23,7 @@ from fedtower.core.plan import LocalSettings, Plan, RowSettings
 from fedtower.core.receiving import Reception, in_time, stamped, until_enough
 from fedtower.core.rows import RowStore
 from fedtower.core.server import PublicTraining, Schedule, ServerOptimizer, ServerState, step
+from fedtower.core.staleness import AsynchronousSettings
 from fedtower.core.tally import RoundReport, Tally
 from fedtower.core.transform import Transform, finish
 from fedtower.core.transport import Abandoned, KeepsTime, OwnTime, Transport
@@ -59,18 +60,21 @@ class Parts:
     public: PublicTraining | None = None
     deadline: Deadline | None = None
     target: int | None = None
+    asynchronous: AsynchronousSettings | None = None
 
 
-def run_rounds(state: ServerState, parts: Parts) -> Iterator[tuple[ServerState, RoundReport]]:
+def run_rounds(
+    state: ServerState, parts: Parts, one: Callable[[ServerState, Parts], tuple[ServerState, RoundReport]] | None = None
+) -> Iterator[tuple[ServerState, RoundReport]]:
     """Round after round, each with the state it leaves, until all are done, the accountant cannot afford another, or a
-    plugin's ``stop_run`` gives a reason.
+    plugin's ``stop_run`` gives a reason. ``one`` is what a round is, when it is not :func:`run_round`.
 
     Raises:
         UpdateError: whatever came in several rounds on end was refused: that is nobody's own mistake.
     """
     in_vain = 0
     while state.round < parts.rounds and affords(state, parts):
-        state, report = run_round(state, parts)
+        state, report = (one or run_round)(state, parts)
         yield state, report
         if stopped(report, parts.hooks):
             return
@@ -129,23 +133,7 @@ def run_round(state: ServerState, parts: Parts) -> tuple[ServerState, RoundRepor
         parts.hooks.observe("warned", message=f"round {plan.round} was abandoned: {reason}")
         total, memory, tally = None, state.aggregator, Tally(cohort)
     parts.client.discard()  # of those who were late
-    state = account(state, tally.survivors(), parts)
-    if total is None:
-        state = replace(state, round=plan.round)
-    else:
-        total = finish(parts.transforms, total, tally.survivors())
-        state = replace(state, aggregator=memory)
-        lr_scale = parts.schedule(plan.round)
-        state = step(
-            state,
-            total,
-            parts.optimizer,
-            parts.store,
-            lr=parts.lr,
-            lr_scale=lr_scale,
-            rows=parts.rows,
-            public=parts.public,
-        )
+    state = moved(state, total, memory, tally.survivors(), parts)
 
     seconds = parts.clock() - started
     spent = None
@@ -180,6 +168,25 @@ def learn(state: ServerState, arrivals: Arrivals, parts: Parts) -> ServerState:
 def keeps_time(transport: Transport) -> bool:
     """Whether what a transport hands over has come in time, whenever it is read."""
     return isinstance(transport, KeepsTime) and transport.keeps_time
+
+
+def moved(
+    state: ServerState, total: Updates | None, memory: Mapping[str, NDArray[Any]], counted: Cohort, parts: Parts
+) -> ServerState:
+    """The state after the step that ``total`` makes; without one it is the next round's all the same."""
+    state = account(state, counted, parts)
+    if total is None:
+        return replace(state, round=state.round + 1)
+    return step(
+        replace(state, aggregator=memory),
+        finish(parts.transforms, total, counted),
+        parts.optimizer,
+        parts.store,
+        lr=parts.lr,
+        lr_scale=parts.schedule(state.round + 1),
+        rows=parts.rows,
+        public=parts.public,
+    )
 
 
 def account(state: ServerState, counted: Cohort, parts: Parts) -> ServerState:

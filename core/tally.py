@@ -30,6 +30,8 @@ class RoundReport:
     cohort that did not count; ``refused`` says of how many updates that was decided, by reason (see
     :class:`fedtower.core.checking.Reason`). ``device_seconds`` is what the round took of its devices, where its
     transport knows that, and ``wasted_seconds`` the part of visits that did not count; ``late`` of those were finished.
+    ``staleness`` has the ``mean`` and the ``max`` of how many versions behind the updates were, where rounds are
+    asynchronous; those who are still at work then are not ``dropped``.
     """
 
     round: int
@@ -45,6 +47,7 @@ class RoundReport:
     device_seconds: float = 0.0
     wasted_seconds: float = 0.0
     late: int = 0
+    staleness: Mapping[str, float] = field(default_factory=dict)
 
 
 class Tally:

@@ -13,6 +13,7 @@ from fedtower.core.cohort import Cohort, Sampler
 from fedtower.core.draws import Draws
 from fedtower.core.errors import FedtowerError
 from fedtower.core.plan import Plan
+from fedtower.core.staleness import AsynchronousSettings
 from fedtower.core.traces import Load
 from fedtower.core.updates import Updates
 
@@ -99,6 +100,53 @@ def parts_of(count: int, width: int, target: int | None) -> Iterator[slice]:
 
 class Abandoned(FedtowerError):
     """A round came to its end without enough updates: none of them counts. The message says how it stood."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What asynchronous rounds ask of a transport for one version.
+
+    ``needed()`` is how many more updates the step waits for. ``visit(version, clients)`` trains clients here from a
+    version that is in use; who does not simulate has no need of it. ``deadline`` is for how many seconds on end nothing
+    may come. ``flight`` is what :meth:`Version.flight` left of the version before.
+    """
+
+    settings: AsynchronousSettings
+    needed: Callable[[], int]
+    visit: Callable[[int, NDArray[np.int64]], Updates]
+    draws: Draws
+    deadline: float | None
+    flight: State
+
+
+class Version(Protocol):
+    """One version of the shared parameters, from its publication to the step that makes the next."""
+
+    def arrivals(self) -> Iterator[Updates]:
+        """Updates as they come, trained from this version or an older one, as their ``rounds`` say: blocks of at most
+        as many clients as are needed, until none is. No client is among them twice, unless it is refused.
+
+        Whoever uses them has used them all when this ends: what they are is durable by then, where anything is.
+
+        Raises:
+            Abandoned: nothing comes any more; the version changes nothing, and what came waits for the next.
+        """
+        ...
+
+    def flight(self) -> State:
+        """Who is on the way now, ``clients`` (N,) from ``versions`` (N,), and whatever else the transport wants to be
+        handed back; nothing where clients work elsewhere.
+        """
+        ...
+
+
+@runtime_checkable
+class Buffers(Protocol):
+    """A transport over which clients may work from several versions at once."""
+
+    def version(self, plan: Plan, cohort: Cohort, asked: Asked) -> Version:
+        """Publish a version. Clients of ``cohort`` may begin to work from it, as far as there is room."""
+        ...
 
 
 class Transport(Protocol):

@@ -200,6 +200,33 @@ class JournalPromises(Promises):
         assert sent(journal, lease) is Outcome.LATE
         assert sent(journal, following) is Outcome.ACCEPTED
 
+    def test_no_more_clients_than_allowed_have_a_lease_at_once(self, journal: Journal, place: Place) -> None:
+        journal.open_round(1, 2, "train", "plan")
+        journal.open_round(1, 2, "evaluate", "plan")
+        asked = [journal.lease(1 + client % 2, "train", client, 60.0, most=3) for client in range(6)]
+        first, second, third, *others = [future.result() for future in asked]
+        assert first is not None
+        assert second is not None
+        assert third is not None
+        assert others == [None, None, None]
+        assert journal.lease(2, "evaluate", 5, 60.0, most=1).result() is not None, "another task has room of its own"
+        assert sent(journal, first) is Outcome.ACCEPTED
+        assert journal.lease(1, "train", 3, 30.0, most=3).result() is not None
+        assert journal.lease(1, "train", 4, 60.0, most=3).result() is None
+        place.clock.go_on(30.0)
+        assert journal.lease(1, "train", 4, 60.0, most=3).result() is not None, "a lease that has run out takes no room"
+        journal.advance(1, 1, "train", "closed")
+        assert journal.lease(2, "train", 5, 60.0, most=3).result() is not None, "nor does one of a closed window"
+
+    def test_who_works_from_an_older_window_is_given_that_lease_again(self, journal: Journal, place: Place) -> None:
+        older = leased(journal)
+        journal.open_round(1, 2, "train", "plan")
+        assert journal.lease(2, "train", 7, 60.0, most=3).result() == older
+        place.clock.go_on(60.0)
+        newer = journal.lease(2, "train", 7, 60.0, most=3).result()
+        assert newer is not None
+        assert newer.round == 2
+
     def test_who_was_accepted_gets_no_other_lease_for_the_same_task(self, journal: Journal, place: Place) -> None:
         journal.open_round(1, 1, "evaluate", "plan")
         assert sent(journal, leased(journal)) is Outcome.ACCEPTED

@@ -26,6 +26,7 @@ from fedtower.core.journal import (
 from fedtower.core.testing.journal import HandClock, Place
 
 ROUNDS, TASKS, CLIENTS = st.integers(1, 3), st.sampled_from(["train", "evaluate"]), st.integers(0, 2)
+MOST = st.sampled_from([None, None, 1, 2])
 PAYLOADS, SECONDS = st.binary(max_size=3), st.sampled_from([10.0, 60.0])
 
 
@@ -54,6 +55,14 @@ class Model:
         if record is None or record.state != "open" or held in self.uploads:
             return "none"
         return "same" if held is not None and self.lives(held) else "new"
+
+    def at_work(self, task: Task) -> dict[int, list[Lease]]:
+        """The living leases of a task, by client."""
+        found: dict[int, list[Lease]] = {}
+        for id, lease in self.leases.items():
+            if lease.task == task and self.lives(id):
+                found.setdefault(lease.client, []).append(lease)
+        return found
 
     def accept(self, id: bytes, payload: bytes) -> Outcome:
         """What becomes of it."""
@@ -128,12 +137,16 @@ def run_machine(factory: JournalFactory, folder: Path) -> None:
                 assert reached == found
                 self.model.rounds[round, task] = found
 
-        @rule(round=ROUNDS, task=TASKS, client=CLIENTS, seconds=SECONDS)
-        def lease(self, round: int, task: Task, client: int, seconds: float) -> None:
+        @rule(round=ROUNDS, task=TASKS, client=CLIENTS, seconds=SECONDS, most=MOST)
+        def lease(self, round: int, task: Task, client: int, seconds: float, most: int | None) -> None:
             key, now = (round, task, client), self.place.clock.now
-            expected, lease = self.model.expected_lease(key), self.journal.lease(*key, seconds).result()
+            expected, lease = self.model.expected_lease(key), self.journal.lease(*key, seconds, most).result()
             if expected == "none":
                 assert lease is None
+                return
+            at_work = self.model.at_work(task)
+            if expected == "new" and most is not None and (client in at_work or len(at_work) >= most):
+                assert (lease in at_work[client]) if client in at_work else lease is None
                 return
             assert lease is not None
             if expected == "same":

@@ -36,6 +36,11 @@ def read_batch(orders: Sequence[Order], cursor: Cursor, now: Instant) -> Batch[U
     windows: set[Any] = {(order.round, order.task) for order in grants}
     if named:
         windows |= set(cursor.execute("SELECT DISTINCT round, task FROM leases WHERE id = ANY(%s)", (named,)))
+    under_way = sorted({order.task for order in grants if order.most is not None})
+    if under_way:  # what is counted in them must stand still
+        windows |= set(
+            cursor.execute("SELECT round, task FROM rounds WHERE state = 'open' AND task = ANY(%s)", (under_way,))
+        )
     rounds = _lock(windows, cursor)
     leases: list[LeaseRecord] = []
     if named:
@@ -48,6 +53,14 @@ def read_batch(orders: Sequence[Order], cursor: Cursor, now: Instant) -> Batch[U
             [list(column) for column in zip(*asked, strict=True)],
         )
         leases += _leases(found)
+    if under_way:
+        leases += _leases(
+            cursor.execute(
+                f"SELECT {LEASE} FROM leases WHERE NOT replaced AND digest IS NULL AND (round, task) IN "
+                "(SELECT round, task FROM rounds WHERE state = 'open' AND task = ANY(%s))",
+                (under_way,),
+            )
+        )
     return Batch(now, rounds, leases)
 
 

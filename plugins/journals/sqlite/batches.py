@@ -15,6 +15,11 @@ from fedtower.plugins.journals.sqlite.windows import find_round
 # SQLite takes 32,766 values in one statement; more than a few hundred make it no faster.
 _VALUES = 500
 
+_UNDER_WAY = (
+    f"SELECT {', '.join(f'leases.{name}' for name in LEASE.split(', '))} FROM rounds JOIN leases USING (round, task) "
+    "WHERE rounds.task = ? AND state = 'open' AND NOT replaced AND digest IS NULL"
+)
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -72,6 +77,8 @@ def read_batch(connection: sqlite3.Connection, orders: Sequence[Prepared | Uploa
                 (order.round, order.task, order.client),
             ),
         )
+    for task in sorted({order.task for order in grants if order.most is not None}):
+        leases += map(lease_record, connection.execute(_UNDER_WAY, (task,)))
     windows = {(held.lease.round, held.lease.task) for held in leases} | {(each.round, each.task) for each in grants}
     found = {window: find_round(connection, *window) for window in windows}
     return Batch(now, {window: record for window, record in found.items() if record is not None}, leases)

@@ -128,9 +128,11 @@ class SQLiteJournal:
         with self._reader.read() as connection:
             return get_round(connection, round, task)
 
-    def lease(self, round: int, task: Task, client: int, seconds: float) -> Future[Lease | None]:
+    def lease(
+        self, round: int, task: Task, client: int, seconds: float, most: int | None = None
+    ) -> Future[Lease | None]:
         """A lease, when it is durable."""
-        return cast("Future[Lease | None]", self._orders.submit(Grant(round, task, client, seconds)))
+        return cast("Future[Lease | None]", self._orders.submit(Grant(round, task, client, seconds, most)))
 
     def renew(self, lease: bytes, seconds: float) -> Future[Lease | None]:
         """The lease with another end, when it is durable."""
