@@ -20,7 +20,7 @@ from fedtower.core.round import Parts, announce, choose, fold, make_plan, moved,
 from fedtower.core.server import ServerState
 from fedtower.core.staleness import AsynchronousSettings, discounted
 from fedtower.core.tally import RoundReport, Tally
-from fedtower.core.transport import Abandoned, Asked, Buffers
+from fedtower.core.transport import Abandoned, Asked, Buffers, DeviceTime, OwnTime
 from fedtower.core.updates import Updates
 from fedtower.core.versions import Versions
 
@@ -41,20 +41,22 @@ def run_version(state: ServerState, parts: Parts) -> tuple[ServerState, RoundRep
     settings, transport = parts.asynchronous, parts.transport
     if settings is None or not isinstance(transport, Buffers):
         raise RecipeError("asynchronous rounds need [asynchronous] in the recipe, and a transport that has them")
+    if isinstance(transport, OwnTime):
+        transport.begin(state.transport)
     started = parts.clock()
     cohort = choose(state.round + 1, parts)
     plan = make_plan(state, parts)
     parts.hooks.observe("round_started", round=plan.round, cohort=cohort)
 
     tally = Buffer(plan.round, parts.population)
-    versions = Versions(plan, parts.client, state.flight)
+    versions = Versions(plan, parts.client, state.transport)
     asked = Asked(
         settings=settings,
         needed=lambda: settings.buffer - len(tally),
         visit=versions.visit,
         draws=parts.draws,
         deadline=parts.hooks.decide("round_deadline", round=plan.round),
-        flight=state.flight,
+        flight=state.transport,
     )
     version = transport.version(plan, cohort, asked)
     stalest = settings.max_staleness
@@ -67,10 +69,11 @@ def run_version(state: ServerState, parts: Parts) -> tuple[ServerState, RoundRep
         parts.hooks.observe("warned", message=f"version {plan.round} was abandoned: {reason}")
         total, memory, tally = None, state.aggregator, Buffer(plan.round, parts.population)
     # Before the step: who is on the way has rows as they are now.
-    state = replace(state, flight=versions.left(version.flight()))
+    state = replace(state, transport=versions.left(version.flight()))
     state = moved(state, total, memory, tally.survivors(), parts)
 
-    report = tally.report(plan.round, parts.rounds, parts.clock() - started)
+    spent = version.spent(tally.survivors())
+    report = tally.report(plan.round, parts.rounds, parts.clock() - started, spent)
     announce(report, tally, parts.hooks)
     return state, report
 
@@ -109,9 +112,9 @@ class Buffer(Tally):
         self._admit(clients)
         super().refuse(clients, reason)
 
-    def report(self, round: int, rounds: int, seconds: float) -> RoundReport:
+    def report(self, round: int, rounds: int, seconds: float, spent: DeviceTime | None = None) -> RoundReport:
         """The version in figures, with how stale its updates were."""
-        return replace(super().report(round, rounds, seconds), staleness=self._staleness())
+        return replace(super().report(round, rounds, seconds, spent), staleness=self._staleness())
 
     def _staleness(self) -> Mapping[str, float]:
         if not self._behind:

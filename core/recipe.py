@@ -17,6 +17,7 @@ from fedtower.core.overrides import NamedPart, apply_overrides
 from fedtower.core.plan import LocalSettings, RowSettings, StandaloneSettings
 from fedtower.core.registry import Registry, discover
 from fedtower.core.settings import Part, build, plain, settings_of
+from fedtower.core.staleness import AsynchronousSettings
 
 __all__ = [
     "CheckSettings",
@@ -158,6 +159,7 @@ class Recipe:
     journal: Part = field(default_factory=lambda: Part("sqlite"))
     signer: str = "ed25519"
     checks: CheckSettings = field(default_factory=CheckSettings)
+    asynchronous: AsynchronousSettings | None = None
     standalone: StandaloneSettings = field(default_factory=StandaloneSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -259,7 +261,37 @@ def check(recipe: Recipe, registry: Registry) -> Recipe:
     whole = parse_recipe(values)
     if whole.cohort.asked is not whole.cohort.part:
         registry.make("sampler", whole.cohort.asked, path="cohort")
+    if whole.asynchronous is not None and whole.mode != "standalone":
+        _check_asynchronous(whole, whole.asynchronous, registry)
     return whole
+
+
+def _check_asynchronous(recipe: Recipe, settings: AsynchronousSettings, registry: Registry) -> None:
+    """Raise RecipeError for parts that cannot do without a cohort that is waited for."""
+    for path, kind, part, why in (
+        ("aggregator", "aggregator", recipe.aggregator, "folds updates of several versions as they come"),
+        ("transport", "transport", recipe.transport, "lets clients work from several versions at once"),
+    ):
+        if not registry.get(kind, part.name).capabilities.get("asynchronous"):
+            able = [each.name for each in registry.offers(kind) if each.capabilities.get("asynchronous")]
+            raise RecipeError(
+                f'{path}.name = "{part.name}" cannot be used with [asynchronous]: it is no {kind} that {why} (its '
+                f"capability asynchronous says so); {', '.join(able)} can. Or leave [asynchronous] out"
+            )
+    for path, given, instead in (
+        ("deadline", recipe.deadline is not None, "transport.deadline_seconds says for how long nothing may come"),
+        ("cohort.over_selection", recipe.cohort.over_selection != 1.0, "asynchronous.buffer says how many are needed"),
+    ):
+        if given:
+            raise RecipeError(
+                f"{path} is for rounds that wait, and [asynchronous] ones do not: leave it out. {instead}"
+            )
+    size = recipe.cohort.part.settings.get("size")
+    if size is not None and settings.buffer > size:
+        raise RecipeError(
+            f"asynchronous.buffer ({settings.buffer}) is more than cohort.size ({size}): no more clients than that "
+            f"begin from one version, so a step would wait for ever; raise cohort.size, or lower the buffer"
+        )
 
 
 def override_values(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

@@ -139,6 +139,12 @@ class Version(Protocol):
         """
         ...
 
+    def spent(self, counted: Cohort) -> DeviceTime | None:
+        """What visits that came to their end in this version took of their devices, if of those ``counted`` counts;
+        nothing where that is not known.
+        """
+        ...
+
 
 @runtime_checkable
 class Buffers(Protocol):

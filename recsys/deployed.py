@@ -17,7 +17,7 @@ from fedtower.core.cohort import Cohort, Sampler
 from fedtower.core.draws import Draws
 from fedtower.core.journal import Journal
 from fedtower.core.plan import Plan
-from fedtower.core.round import RoundReport, make_plan, run_rounds
+from fedtower.core.round import RoundReport, make_plan
 from fedtower.core.settings import Part
 from fedtower.core.signing import Signer
 from fedtower.recsys.bundle import Bundle
@@ -25,7 +25,7 @@ from fedtower.recsys.evaluation import Evaluation, Role
 from fedtower.recsys.export import Subject, export_model, recipe_digest, visit_of
 from fedtower.recsys.line import DeployedTransport, Line, Opening
 from fedtower.recsys.run_folder import Federation, RunFolder
-from fedtower.recsys.training import Federated, Setting
+from fedtower.recsys.training import Federated, Setting, rounds_of
 
 IntArray = NDArray[np.int64]
 
@@ -84,6 +84,7 @@ class Deployed(Federated):
                 journal=journal,
                 signer=signer,
                 said=lambda message: setting.hooks.observe("warned", message=message),
+                asynchronous=recipe.asynchronous,
             )
         )
         self._parts = replace(
@@ -96,7 +97,7 @@ class Deployed(Federated):
 
     def rounds(self) -> Iterator[RoundReport]:
         """Train, one round an item; what a round was made of is let go of once :meth:`saved` says so."""
-        for state, report in run_rounds(self._state, self._parts):
+        for state, report in rounds_of(self._parts)(self._state, self._parts):
             self._state = state
             self.line.committed(report.round)
             yield report

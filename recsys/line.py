@@ -17,6 +17,7 @@ from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.rows import RowStore
 from fedtower.core.settings import Part
 from fedtower.core.signing import Signer
+from fedtower.core.staleness import AsynchronousSettings
 from fedtower.core.transport import Transport
 from fedtower.recsys.bundle import Bundle
 from fedtower.recsys.evaluation import MetricSum, Role
@@ -40,6 +41,7 @@ class Opening:
     journal: Journal
     signer: Signer
     said: Callable[[str], None]
+    asynchronous: AsynchronousSettings | None = None
 
 
 @dataclass(frozen=True)

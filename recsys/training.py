@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedtower.core.asynchronous import run_async
 from fedtower.core.checkpoint import Attachments, grouped
 from fedtower.core.client import ClientSide, Preparing, VisitCosts
 from fedtower.core.draws import Draws
@@ -217,6 +218,7 @@ class Federated:
             public=self._public,
             deadline=None if recipe.deadline is None else make("deadline", recipe.deadline, path="deadline"),
             target=recipe.cohort.target,
+            asynchronous=recipe.asynchronous,
         )
         parameters = self._model.declared.parameters()
         self._state = ServerState(0, parameters, optimizer.init(parameters))
@@ -227,7 +229,7 @@ class Federated:
         if self._public is not None and self._state.round == 0:
             self._public.warm_up(self._state.parameters, self._parts.schedule(1))
             self._state = replace(self._state, generation=self._public.generation)
-        for state, report in run_rounds(self._state, self._parts):
+        for state, report in rounds_of(self._parts)(self._state, self._parts):
             self._state = state
             yield report
 
@@ -286,6 +288,11 @@ class Helper:
     def follow(self) -> None:
         """Do what the leading process orders, until it is done."""
         self._processes.serve({} if self._model.tables is None else self._model.tables.help)
+
+
+def rounds_of(parts: Parts) -> Callable[[ServerState, Parts], Iterator[tuple[ServerState, RoundReport]]]:
+    """How these parts train: in rounds that wait for a cohort, or in versions that wait for nobody."""
+    return run_rounds if parts.asynchronous is None else run_async
 
 
 def _public_rows(setting: Setting, model: Assembled) -> PublicRows | None:

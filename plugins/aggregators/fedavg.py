@@ -42,5 +42,8 @@ class FedAvg:
 @hookimpl
 def fedtower_register(registry: Registry) -> None:
     registry.aggregator(
-        "fedavg", "fedtower.plugins.aggregators.fedavg:FedAvg", summary="the weighted mean of the updates"
+        "fedavg",
+        "fedtower.plugins.aggregators.fedavg:FedAvg",
+        summary="the weighted mean of the updates",
+        capabilities={"asynchronous": True},
     )

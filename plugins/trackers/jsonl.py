@@ -59,6 +59,7 @@ class JSONLines:
             bytes_down=report.bytes_down,
             seconds=round(report.seconds, 6),
             **({"refused": dict(report.refused)} if report.refused else {}),
+            **({"staleness": dict(report.staleness)} if report.staleness else {}),
             **({"late": report.late} if report.late else {}),
             **_device_time(report),
         )

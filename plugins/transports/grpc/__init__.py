@@ -13,7 +13,7 @@ def fedtower_register(registry: Registry) -> None:
         "grpc",
         "fedtower.plugins.transports.grpc.transport:Grpc",
         summary="devices call over gRPC: TLS, leases, resumable uploads",
-        capabilities={"intake": "fedtower.plugins.transports.grpc.serve"},
+        capabilities={"intake": "fedtower.plugins.transports.grpc.serve", "asynchronous": True},
     )
     registry.command(
         "device",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -134,12 +134,13 @@ class Intake:
             pause = pb.ComeBack(seconds=self._pause(), reason="this server is about to stop")
             return pb.CheckInReply(come_back=pause)
         wanted = {_NAMES[task] for task in request.tasks if task in _NAMES} or {"train", "evaluate"}
-        for window in self._windows():
-            if window.task in wanted and window.includes(caller.client):
-                lease = await self._durable(
-                    self.journal.lease(window.round, window.task, caller.client, window.lease_seconds)
-                )
-                if lease is not None:
+        for window, most in _offers(self._windows(), caller.client):
+            if window.task in wanted:
+                asked = (window.round, window.task, caller.client, window.lease_seconds, most)
+                lease = await self._durable(self.journal.lease(*asked))
+                held = None if lease is None else self._open.get((lease.round, lease.task))
+                if lease is not None and held is not None:
+                    window = held.window  # an older one, if the client works from that
                     self.meters.leased(window.task)
                     if request.num_examples:
                         self.leased.note_examples((window.round, window.task), lease.id, request.num_examples)
@@ -348,6 +349,21 @@ class _Room:
             async with self._freed:
                 self._used -= wanted
                 self._freed.notify_all()
+
+
+def _offers(windows: list[Window], client: int) -> Iterator[tuple[Window, int | None]]:
+    """Where a client may be given a lease, and how many may have one there: of the windows of training in the newest.
+
+    Who may be at work in an older one is given what it has, and nothing new.
+    """
+    training = [window for window in windows if window.task == "train"]
+    for window in windows:
+        if window in training[:-1]:
+            continue
+        if window.includes(client):
+            yield window, window.concurrency
+        elif window in training and any(older.includes(client) for older in training):
+            yield window, 0
 
 
 def _lease_message(lease: Lease, window: Window, seconds_left: float) -> pb.Lease:

@@ -104,6 +104,7 @@ def refusal_of_check(reason: checking.Reason, client: int) -> Refused:
 _OTHERWISE = {
     checking.Reason.NOT_ASKED: Reason.UNKNOWN_LEASE,
     checking.Reason.REPEATED: Reason.CONFLICTING,
+    checking.Reason.STALE: Reason.LATE,
     checking.Reason.UNDECODABLE: Reason.WRONG_CODEC,
     checking.Reason.ROW_REPEATED: Reason.ROW_NOT_LEASED,
 }

@@ -81,7 +81,7 @@ class TableSide:
         terms = self.terms if deadline is None else replace(self.terms, deadline_seconds=deadline)
         target = min(self.target or cohort.target or len(cohort), len(cohort))
         times = ArrivalTimes(self.windows / f"{plan.round:06d}-train.arrived", self._accepted_before(plan.round))
-        window = self._opened(plan, "train", cohort.clients, target, terms)
+        window = self.opened(plan, "train", cohort.clients, target, terms)
         for each in self._accepted(window, terms):
             updates = decode_submission(each.payload, each.client, most_bytes=self.most_bytes).updates
             came = times.seen(each.position, elapsed(window.opened, self.clock()))
@@ -89,7 +89,7 @@ class TableSide:
 
     def judged(self, plan: Plan, clients: IntArray) -> dict[str, MetricSum]:
         """The metrics of the devices' own held-out items: sums and counts over all that answered in time."""
-        window = self._opened(plan, "evaluate", clients, len(clients), self.terms)
+        window = self.opened(plan, "evaluate", clients, len(clients), self.terms)
         totals: dict[str, MetricSum] = {}
         for upload in self._in_vain(self._accepted(window, self.terms)):
             for name, each in decode_submission(upload.payload, upload.client, most_bytes=self.most_bytes).sums.items():
@@ -116,7 +116,15 @@ class TableSide:
         if self._last is not None:
             self.artefacts.keep_only(self._named(self._last))
 
-    def _opened(self, plan: Plan, task: Task, clients: IntArray, target: int, terms: Terms) -> Window:
+    def opened(
+        self,
+        plan: Plan,
+        task: Task,
+        clients: IntArray,
+        target: int,
+        terms: Terms,
+        concurrency: int | None = None,
+    ) -> Window:
         """The window of a round: as it was opened before a kill, or a new one."""
         published = self._published(plan)
         data, signed = sign_plan(published, self.signer)
@@ -138,6 +146,7 @@ class TableSide:
                 heartbeat_seconds=terms.heartbeat_seconds,
                 deadline_seconds=terms.deadline_seconds,
                 opened=self.clock(),
+                concurrency=concurrency,
             )
             held.write(self.windows)
         self._last = published

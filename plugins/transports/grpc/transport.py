@@ -17,9 +17,11 @@ from fedtower.core.errors import RecipeError
 from fedtower.core.journal import RoundRecord
 from fedtower.core.plan import Plan
 from fedtower.core.rows import IntArray, RowStore
-from fedtower.core.transport import Visit
+from fedtower.core.staleness import AsynchronousSettings
+from fedtower.core.transport import Asked, Version, Visit
 from fedtower.core.updates import Updates
 from fedtower.plugins.transports.grpc.artefacts import Artefact
+from fedtower.plugins.transports.grpc.buffered import Buffered
 from fedtower.plugins.transports.grpc.plans import PublishedPlan, RowSource
 from fedtower.plugins.transports.grpc.presence import look, present
 from fedtower.plugins.transports.grpc.rows import LockedRows, serve_rows
@@ -36,7 +38,10 @@ _LONGEST_SOCKET = 100
 class Grpc:
     """Devices call over gRPC; the server chooses among those that have called lately."""
 
-    wait_for: int = field(default=0, metadata={"help": "clients that must be there before a round; 0: cohort.size"})
+    wait_for: int = field(
+        default=0,
+        metadata={"help": "clients that must be there before a round; 0: cohort.size, or asynchronous.buffer"},
+    )
     target: int = field(default=0, metadata={"help": "updates that end a round; 0: the cohort says"})
     quorum: float = field(default=1.0, metadata={"help": "share of the target that is enough at the deadline"})
     deadline_seconds: float = field(default=600.0, metadata={"help": "how long a round waits, unless a plugin decides"})
@@ -70,7 +75,16 @@ class Grpc:
         )
 
     def open(self, opening: Opening) -> GrpcLine:
-        """The line to the devices of a federation."""
+        """The line to the devices of a federation.
+
+        Raises:
+            RecipeError: settings of a round that waits, for rounds that do not.
+        """
+        if opening.asynchronous is not None and (self.target or self.quorum != 1.0):
+            raise RecipeError(
+                "transport.target and transport.quorum are for rounds that wait, and [asynchronous] ones do not: leave "
+                "them out; asynchronous.buffer says how many updates make a step"
+            )
         return GrpcLine.of(self, opening)
 
     def standing(self, folder: Path, windows: Sequence[RoundRecord], cohort_size: int | None) -> Standing:
@@ -93,6 +107,7 @@ class GrpcLine:
     rows: RowStore | None
     server: grpc.Server | None
     wait_for: int
+    asynchronous: AsynchronousSettings | None = None
     keeps_time: ClassVar[bool] = True
 
     @classmethod
@@ -123,14 +138,24 @@ class GrpcLine:
             address = rows_address(opening.folder)
             Path(address.removeprefix("unix:")).unlink(missing_ok=True)
             server = serve_rows(rows, address)
-        wait_for = settings.wait_for or opening.cohort_size or 1
-        return cls(settings, opening.folder, side, rows, server, wait_for)
+        most_wanted = opening.cohort_size if opening.asynchronous is None else opening.asynchronous.buffer
+        wait_for = settings.wait_for or most_wanted or 1
+        return cls(settings, opening.folder, side, rows, server, wait_for, opening.asynchronous)
+
+    @property
+    def buffered(self) -> Buffered:
+        """The windows of asynchronous rounds."""
+        return Buffered(self.side)
 
     def exchange(
         self, plan: Plan, cohort: Cohort, visit: Visit, draws: Draws, deadline: float | None
     ) -> Iterator[Updates]:
         """The accepted updates of a cohort."""
         return self.side.exchange(plan, cohort, visit, draws, deadline)
+
+    def version(self, plan: Plan, cohort: Cohort, asked: Asked) -> Version:
+        """A version that clients may work from, beside older ones."""
+        return self.buffered.version(plan, cohort, asked)
 
     def choose(self, round: int, sampler: Sampler, draws: Draws) -> Cohort:
         """The cohort: as it was chosen before a kill, or out of those who called lately."""
@@ -148,14 +173,22 @@ class GrpcLine:
 
     def committed(self, round: int) -> None:
         """What came of a round is in the state."""
-        self.side.committed(round)
+        if self.asynchronous is None:
+            self.side.committed(round)
+        else:
+            self.buffered.committed()
 
     def saved(self, round: int) -> None:
         """A checkpoint holds the state after a round."""
-        self.side.saved(round)
+        if self.asynchronous is None:
+            self.side.saved(round)
+        else:
+            self.buffered.saved(round, self.asynchronous.max_staleness)
 
     def finished(self, reason: str) -> None:
         """Devices that call are told that it is over."""
+        if self.asynchronous is not None:
+            self.buffered.finished()
         (self.folder / "finished").write_text(reason, encoding="utf-8")
 
     def close(self) -> None:

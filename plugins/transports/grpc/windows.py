@@ -26,7 +26,8 @@ class Window:
     """One round of one task.
 
     ``clients`` (C,) may take part, sorted; ``target`` uploads are enough. ``opened`` is when it was opened: from there
-    the deadline counts, whoever is killed meanwhile.
+    the deadline counts, whoever is killed meanwhile. ``concurrency`` is how many clients may work at once in all
+    windows of training that are open, where rounds are asynchronous: then leases are given out in the newest only.
     """
 
     round: int
@@ -38,6 +39,7 @@ class Window:
     heartbeat_seconds: float
     deadline_seconds: float
     opened: Instant
+    concurrency: int | None = None
 
     def write(self, folder: Path) -> None:
         """Write the window's file, whole or not at all."""
@@ -49,6 +51,7 @@ class Window:
             "heartbeat_seconds": self.heartbeat_seconds,
             "deadline_seconds": self.deadline_seconds,
             "opened": {"boot": self.opened.boot, "seconds": self.opened.seconds},
+            "concurrency": self.concurrency,
         }
         path = path_of(folder, self.round, self.task)
         with storage_errors(folder):
@@ -92,6 +95,7 @@ def read_window(folder: Path, round: int, task: Task) -> Window | None:
             heartbeat_seconds=float(values["heartbeat_seconds"]),
             deadline_seconds=float(values["deadline_seconds"]),
             opened=Instant(str(values["opened"]["boot"]), float(values["opened"]["seconds"])),
+            concurrency=None if values.get("concurrency") is None else int(values["concurrency"]),
         )
     except FileNotFoundError:
         return None
