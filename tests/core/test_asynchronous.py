@@ -51,8 +51,8 @@ class Halfway:
 
     def train(self, plan: Plan, work: Work) -> tuple[Updates, Mapping[str, FloatArray]]:
         targets: FloatArray = TARGETS[work.clients].astype(np.float32)
-        w: FloatArray = (plan.parameters["w"] + targets) / 2
-        rows: FloatArray = (work.rows["item"] + targets[:, None]) / 2
+        w = np.float32(0.5) * (plan.parameters["w"] + targets)
+        rows = np.float32(0.5) * (work.rows["item"] + targets[:, None])
         return as_updates(plan, work, {"w": w}, {"item": rows}, np.zeros(len(work))), {}
 
 

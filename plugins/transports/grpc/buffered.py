@@ -70,13 +70,13 @@ class Buffered:
             if record.state == "closed" and len(taken.get(record.round, ())) == record.accepted:
                 self.side.journal.advance(self.side.epoch, record.round, "train", "committed")
 
-    def saved(self, round: int, max_staleness: int) -> None:
+    def saved(self, round: int) -> None:
         """A checkpoint holds the state after this version; the steps that may have to be made again keep what they
         took.
         """
         needed = [window for step in read_steps(self.steps) if step.version > round for window, _ in step.taken]
         needed += [record.round for record in self.unfinished()]
-        through = min([round - max_staleness, *needed]) - 1
+        through = min([round + 1, *needed]) - 1
         if through > 0:
             self.side.journal.retire(self.side.epoch, through)
             forget_steps(self.steps, through)

@@ -183,7 +183,7 @@ class GrpcLine:
         if self.asynchronous is None:
             self.side.saved(round)
         else:
-            self.buffered.saved(round, self.asynchronous.max_staleness)
+            self.buffered.saved(round)
 
     def finished(self, reason: str) -> None:
         """Devices that call are told that it is over."""
