@@ -59,8 +59,9 @@ def run_version(state: ServerState, parts: Parts) -> tuple[ServerState, RoundRep
         flight=state.transport,
     )
     version = transport.version(plan, cohort, asked)
-    stalest = settings.max_staleness
-    reception = Reception(plan, None, parts.transforms, parts.checks, parts.client, parts.hooks, tally, stalest)
+    reception = Reception(
+        plan, None, parts.transforms, parts.checks, parts.client, parts.hooks, tally, stalest=settings.max_staleness
+    )
     blocks = _discounted(tally.count(reception.accepted(version.arrivals())), plan.round, settings)
 
     try:
