@@ -70,7 +70,7 @@ def run_version(state: ServerState, parts: Parts) -> tuple[ServerState, RoundRep
         parts.hooks.observe("warned", message=f"version {plan.round} was abandoned: {reason}")
         total, memory, tally = None, state.aggregator, Buffer(plan.round, parts.population)
     # Before the step: who is on the way has rows as they are now.
-    state = replace(state, transport=versions.left(version.flight()))
+    state = replace(state, transport=versions.left(version.flight(), settings.max_staleness))
     state = moved(state, total, memory, tally.survivors(), parts)
 
     spent = version.spent(tally.survivors())

@@ -53,13 +53,15 @@ class Versions:
         rows = None if self.client.rows is None else _rows(held)
         return replace(self.client, rows=rows).visit(plan, clients)
 
-    def left(self, flight: State) -> dict[str, NDArray[Any]]:
-        """``flight`` as a version has left it, and what those in it were sent."""
+    def left(self, flight: State, stalest: int) -> dict[str, NDArray[Any]]:
+        """``flight`` as a version has left it, and what those in it were sent, as far as it counts in the next version,
+        where updates may be ``stalest`` versions behind.
+        """
         kept = dict(flight)
         if "clients" not in flight:
             return kept
         clients, versions = flight["clients"], flight["versions"]
-        for version in np.unique(versions).tolist():
+        for version in np.unique(versions[versions > self.plan.round - stalest]).tolist():
             prefix = f"{KEPT}/{version}/"
             if version == self.plan.round:
                 sent = self._sent(clients[versions == version])

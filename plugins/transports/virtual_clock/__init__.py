@@ -13,4 +13,5 @@ def fedtower_register(registry: Registry) -> None:
         "virtual_clock",
         "fedtower.plugins.transports.virtual_clock.transport:VirtualClock",
         summary="a simulation in virtual time: slow devices, drop-outs, day and night",
+        capabilities={"asynchronous": True},
     )

@@ -19,8 +19,9 @@ from fedtower.core.draws import Draws
 from fedtower.core.errors import DataError, RecipeError
 from fedtower.core.plan import Plan
 from fedtower.core.traces import HOUR, DeviceSettings, FloatArray, Load, Traces, generated, read_traces
-from fedtower.core.transport import Costs, DeviceTime, Visit, parts_of
+from fedtower.core.transport import Asked, Costs, DeviceTime, Visit, parts_of
 from fedtower.core.updates import Updates
+from fedtower.plugins.transports.virtual_clock.flight import Task, VirtualVersion
 
 _LOOK_SECONDS = 60.0  # how often the server looks whether somebody is there, when nobody was
 
@@ -147,14 +148,33 @@ class VirtualLine:
             late=int(np.count_nonzero(np.isfinite(visits.arrival[wasted]))),
         )
 
+    def version(self, plan: Plan, cohort: Cohort, asked: Asked) -> VirtualVersion:
+        """A version that the clients of ``cohort`` may work from, beside those who are on the way."""
+
+        def begin(clients: IntArray) -> list[Task]:
+            durations, until = self._lived(plan, clients, cohort.population, asked.draws)
+            seconds = durations * np.minimum(until, 1.0)
+            each = zip(seconds.tolist(), clients.tolist(), np.isfinite(until).tolist(), strict=True)
+            return [Task(s, client, plan.round, s, vanishes) for s, client, vanishes in each]
+
+        return VirtualVersion(plan, cohort, asked, begin, self.settings.block, self._set_now, self._now)
+
     def visits(self, plan: Plan, cohort: Cohort, draws: Draws) -> Visits:
         """The visits of a cohort that begin now. Who is not there never begins."""
-        traces, clients = self.traces(cohort.population, draws), cohort.clients
-        load = self.costs(plan, clients)
-        durations = traces.durations(clients, replace(load, bytes_up=self.settings.upload_share * load.bytes_up))
-        there = traces.there(cohort.population, self._now)[clients]
-        until = np.where(there, traces.vanish(plan.round, clients, draws), 0.0)
+        clients = cohort.clients
+        durations, until = self._lived(plan, clients, cohort.population, draws)
+        there = self.traces(cohort.population, draws).there(cohort.population, self._now)[clients]
+        until = np.where(there, until, 0.0)
         return Visits(clients, np.where(np.isinf(until), durations, np.inf), durations * np.minimum(until, 1.0))
+
+    def _lived(self, plan: Plan, clients: IntArray, population: int, draws: Draws) -> tuple[FloatArray, FloatArray]:
+        """How long the visit of each client would take, and the share of it after which it vanishes, (C,)."""
+        traces, load = self.traces(population, draws), self.costs(plan, clients)
+        durations = traces.durations(clients, replace(load, bytes_up=self.settings.upload_share * load.bytes_up))
+        return durations, traces.vanish(plan.round, clients, draws)
+
+    def _set_now(self, now: float) -> None:
+        self._now = now
 
     def traces(self, population: int, draws: Draws) -> Traces:
         """The devices: those of the file, or as many as there are clients."""
