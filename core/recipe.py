@@ -272,7 +272,10 @@ def _check_asynchronous(recipe: Recipe, settings: AsynchronousSettings, registry
         ("aggregator", "aggregator", recipe.aggregator, "folds updates of several versions as they come"),
         ("transport", "transport", recipe.transport, "lets clients work from several versions at once"),
     ):
-        if not registry.get(kind, part.name).capabilities.get("asynchronous"):
+        can = registry.get(kind, part.name).capabilities
+        if kind == "transport" and recipe.mode == "deployed" and "intake" not in can:
+            continue  # who serves the recipe names one that reaches devices, or is told to
+        if not can.get("asynchronous"):
             able = [each.name for each in registry.offers(kind) if each.capabilities.get("asynchronous")]
             raise RecipeError(
                 f'{path}.name = "{part.name}" cannot be used with [asynchronous]: it is no {kind} that {why} (its '
