@@ -44,6 +44,8 @@ class Buffered:
     def version(self, plan: Plan, cohort: Cohort, asked: Asked) -> OpenVersion:
         """Open the window of a version, and close those that are too old now."""
         settings = asked.settings
+        if read_step(self.steps, plan.round) is None:  # and is not made once more, after a kill
+            self.side.current.set()
         self.side.opened(plan, "train", cohort.clients, settings.buffer, self.side.terms, settings.concurrency)
         for record in self.unfinished():
             if record.state == "open" and record.round < plan.round - settings.max_staleness:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
 import grpc
@@ -23,6 +23,7 @@ METHOD = "/fedtower.v1.Rows/Fetch"
 """A FetchRowsRequest, and RowsChunks; no device can call it."""
 
 _PART_BYTES = 240 << 10
+_COME_BACK_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,17 @@ class LockedRows:
             self.rows.restore(arrays)
 
 
-def serve_rows(rows: RowStore, address: str, threads: int = 4) -> grpc.Server:
-    """A server of rows at ``unix:PATH``, started; stop it with ``.stop(None)``."""
+def serve_rows(rows: RowStore, address: str, current: Event, threads: int = 4) -> grpc.Server:
+    """A server of rows at ``unix:PATH``, started; stop it with ``.stop(None)``.
+
+    Until ``current`` is set, the rows are not those of the window that is open, and who asks is told to come back.
+    """
 
     def fetch(data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        if not current.is_set():
+            pause = pb.ComeBack(seconds=_COME_BACK_SECONDS, reason="rows are coming back")
+            yield pb.RowsChunk(come_back=pause).SerializeToString()
+            return
         try:
             yield from _chunks(rows, data)
         except Refused as refused:

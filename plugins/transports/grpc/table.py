@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 
@@ -50,6 +51,8 @@ class TableSide:
     run.
 
     ``template`` is the plan of any round without what changes: round and parameters. ``epoch`` fences an older process.
+    ``current`` is set once this process stands where the devices do: one that was killed first does again what they
+    have left behind, and what it has meanwhile is not what they train on.
     """
 
     folder: Path
@@ -62,6 +65,7 @@ class TableSide:
     most_bytes: int = 1 << 30
     clock: Clock = since_boot
     target: int | None = None
+    current: Event = field(default_factory=Event, repr=False)
     _last: PublishedPlan | None = field(default=None, repr=False)
 
     @property
@@ -151,9 +155,11 @@ class TableSide:
             held.write(self.windows)
         self._last = published
         try:
-            self.journal.record(plan.round, task)
+            record = self.journal.record(plan.round, task)
         except WrongState:  # it is not there
-            self.journal.open_round(self.epoch, plan.round, task, digest.hex())
+            record = self.journal.open_round(self.epoch, plan.round, task, digest.hex())
+        if record.state == "open" and concurrency is None:
+            self.current.set()
         return held
 
     def _accepted_before(self, round: int) -> int:

@@ -137,7 +137,7 @@ class GrpcLine:
             rows = LockedRows.of(opening.rows)
             address = rows_address(opening.folder)
             Path(address.removeprefix("unix:")).unlink(missing_ok=True)
-            server = serve_rows(rows, address)
+            server = serve_rows(rows, address, side.current)
         most_wanted = opening.cohort_size if opening.asynchronous is None else opening.asynchronous.buffer
         wait_for = settings.wait_for or most_wanted or 1
         return cls(settings, opening.folder, side, rows, server, wait_for, opening.asynchronous)

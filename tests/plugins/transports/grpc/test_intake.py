@@ -8,9 +8,10 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
@@ -29,7 +30,7 @@ from fedtower.plugins.transports.grpc.intake import Caller, Intake, Limits, Rows
 from fedtower.plugins.transports.grpc.meters import Meters
 from fedtower.plugins.transports.grpc.plans import PublishedPlan, RowSource, open_plan
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
-from fedtower.plugins.transports.grpc.rows import LockedRows, _chunks
+from fedtower.plugins.transports.grpc.rows import METHOD, LockedRows, _chunks, serve_rows
 from fedtower.plugins.transports.grpc.table import TableSide, Terms
 from fedtower.plugins.transports.grpc.tensors import to_array, to_tensor
 from fedtower.protos.v1 import federation_pb2 as pb
@@ -405,3 +406,35 @@ def test_a_round_that_was_opened_before_a_kill_is_read_again(federation: Federat
     federation.side.committed(1)
     federation.side.saved(1)
     assert not list(federation.side.windows.iterdir())
+
+
+def test_a_table_process_started_again_gives_no_rows_before_it_stands_where_devices_do(federation: Federation) -> None:
+    async def everybody() -> None:
+        for client in range(CLIENTS):
+            await federation.good(client)
+
+    with federation.open_round(1):
+        asyncio.run(everybody())
+    killed, journal = federation.side, federation.side.journal
+    federation.side = replace(killed, epoch=journal.claim(), current=Event())
+    address = f"unix:{killed.folder}/rows.sock"
+    server = serve_rows(federation.table, address, federation.side.current)
+    request = pb.FetchRowsRequest(source="item", ids=to_tensor(np.array([1], np.uint32))).SerializeToString()
+
+    def outcome() -> str | None:
+        with grpc.insecure_channel(address) as channel:
+            fetch: Any = channel.unary_stream(METHOD)
+            return pb.RowsChunk.FromString(next(iter(fetch(request, timeout=10.0)))).WhichOneof("outcome")
+
+    try:
+        assert outcome() == "come_back"
+        with federation.open_round(1):  # it is over: what was accepted is read again
+            pass
+        assert len(federation.came) == 2 * CLIENTS
+        assert outcome() == "come_back"
+        with federation.open_round(2):
+            assert federation.side.current.wait(10.0)
+            assert outcome() == "part"
+            asyncio.run(everybody())
+    finally:
+        server.stop(None).wait()
