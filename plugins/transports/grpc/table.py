@@ -209,12 +209,12 @@ class TableSide:
         return self.journal.advance(self.epoch, window.round, window.task, "abandoned", reason)
 
     def _published(self, plan: Plan) -> PublishedPlan:
-        """The plan, with one artefact a parameter."""
-        store = self.artefacts
-        parameters = tuple(store.put(name, encode_parameter(name, value)) for name, value in plan.parameters.items())
-        return replace(
-            self.template, round=plan.round, parameters=parameters, local=plan.local, train_rows=plan.train_rows
-        )
+        """The plan, with one artefact a parameter: in the order of their names, as a checkpoint may give them back in
+        another order than a model does.
+        """
+        store, parameters = self.artefacts, sorted(plan.parameters.items())
+        named = tuple(store.put(name, encode_parameter(name, value)) for name, value in parameters)
+        return replace(self.template, round=plan.round, parameters=named, local=plan.local, train_rows=plan.train_rows)
 
     def _named(self, plan: PublishedPlan) -> set[bytes]:
         """The digests of all that a plan names, and its own."""
