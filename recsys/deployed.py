@@ -101,6 +101,7 @@ class Deployed(Federated):
             self._state = state
             self.line.committed(report.round)
             yield report
+        self.line.trained()
 
     def judge(self, role: Role, round: int) -> Evaluation:
         """What the devices say of the model as it stands, each of its own held-out items."""

@@ -111,6 +111,10 @@ class Line(Transport, Protocol):
         """A checkpoint holds the state after a round: what led to it may go."""
         ...
 
+    def trained(self) -> None:
+        """There will be no more steps: nobody need train any more, and the model is judged."""
+        ...
+
     def finished(self, reason: str) -> None:
         """There will be no more rounds: devices are told so."""
         ...

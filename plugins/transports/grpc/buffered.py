@@ -85,7 +85,7 @@ class Buffered:
             forget_windows(self.side.windows, through)
         self.side.artefacts.keep_only(self._in_use())
 
-    def finished(self) -> None:
+    def trained(self) -> None:
         """Nothing is taken any more: all windows close. What was accepted since the last step is told of."""
         taken, unused = self.taken(), 0
         for record in self.unfinished():

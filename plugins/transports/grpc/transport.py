@@ -185,10 +185,13 @@ class GrpcLine:
         else:
             self.buffered.saved(round)
 
+    def trained(self) -> None:
+        """Nobody need train any more."""
+        if self.asynchronous is not None:
+            self.buffered.trained()
+
     def finished(self, reason: str) -> None:
         """Devices that call are told that it is over."""
-        if self.asynchronous is not None:
-            self.buffered.finished()
         (self.folder / "finished").write_text(reason, encoding="utf-8")
 
     def close(self) -> None:

@@ -29,9 +29,9 @@ SMALL = {
     "local.negatives": 20,
     "local.history_length": 20,
     "cohort.size": CLIENTS,
-    "evaluation.every": 4,
+    "evaluation.every": 0,
     "evaluation.negatives": 20,
-    "checkpoint.every": 3,
+    "checkpoint.every": 2,
 }
 SERVED = {
     "transport.lease_seconds": 8.0,
@@ -42,7 +42,7 @@ SERVED = {
 }
 
 
-@pytest.mark.parametrize(("rounds", "kills"), [(8, 4), pytest.param(60, 60, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(("rounds", "kills"), [(6, 3), pytest.param(60, 60, marks=pytest.mark.soak)])
 def test_killed_at_any_time_it_makes_the_same_steps_of_the_same_updates(
     tmp_path: Path, rounds: int, kills: int
 ) -> None:

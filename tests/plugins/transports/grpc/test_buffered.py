@@ -328,7 +328,7 @@ def test_whenever_it_is_killed_all_that_was_acknowledged_counts_once(world: Worl
     assert len(taken) == len(set(taken)), "an update counts twice"
     newest_closed = world.round - world.settings.max_staleness - 1
     assert {name for name in world.sent if name[0] <= newest_closed} <= set(taken), "an update was lost"
-    world.buffered.finished()
+    world.buffered.trained()
     unused = len(world.sent) - len(taken)
     assert world.said == (
         [f"{unused} updates were accepted after the last step and are not used: training is over"] * bool(unused)
