@@ -39,6 +39,7 @@ def round_figures(report: RoundReport) -> dict[str, float]:
     figures = {"train/loss": report.loss}
     figures |= {f"train/{name}": value for name, value in report.metrics.items()}
     figures |= {f"round/{name}": getattr(report, name) for name in _COSTS}
+    figures |= {f"round/staleness {name}": value for name, value in report.staleness.items()}
     return {name: float(value) for name, value in figures.items() if math.isfinite(value)}
 
 

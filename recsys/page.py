@@ -261,6 +261,7 @@ def _cost(runs: Sequence[Told]) -> Markup:
         ("dropped in all", lambda run: in_count(run.record.total("dropped"))),
         *([("of these refused", _refused)] if any(_refused(run) != "0" for run in runs) else []),
         *_device_time(runs),
+        *_staleness(runs),
     ]
     heads = ["", *_columns(runs)]
     rows = [tag("tr", tag("th", name, scope="row"), [tag("td", of(run)) for run in runs]) for name, of in measures]
@@ -285,6 +286,18 @@ def _device_time(runs: Sequence[Told]) -> list[tuple[str, Callable[[Told], str]]
         ("of that, for nothing", lambda run: in_seconds(run.record.total("wasted_seconds"))),
         ("finished when it was over", lambda run: in_count(run.record.total("late"))),
     ]
+
+
+def _staleness(runs: Sequence[Told]) -> list[tuple[str, Callable[[Told], str]]]:
+    """How many versions behind updates were, where rounds of one of the runs did not wait."""
+    if all(run.record.staleness is None for run in runs):
+        return []
+
+    def told(run: Told) -> str:
+        held = run.record.staleness
+        return "–" if held is None else f"{held['mean']:.3g}; at most {in_count(held['max'])}"
+
+    return [("versions behind, an update", told)]
 
 
 def _data(runs: Sequence[Told]) -> Markup | None:

@@ -9,7 +9,8 @@ Every line has ``event`` and ``time``; the other keys depend on the event:
 ``resumed``        ``round``: from where; what was logged of later rounds no longer counts
 ``round``          ``round``, ``loss``, ``metrics``, ``clients``, ``dropped``, ``bytes_up``, ``bytes_down``,
                    ``seconds``; ``refused``, where there were such: how many updates did not count, by reason; and,
-                   where they are known, ``device_seconds``, ``wasted_seconds``, ``late``
+                   where they are known, ``device_seconds``, ``wasted_seconds``, ``late``, and ``staleness``: ``mean``
+                   and ``max`` of the updates of an asynchronous round
 ``deadline``       ``round``, ``seconds``: from the next round on, ``why``
 ``evaluation``     ``round``, ``role``, ``label``, ``metrics``, ``cases``, ``users``
 ``baseline``       ``name``, ``role``, ``label``, ``metrics``
@@ -209,6 +210,15 @@ class RunRecord:
         return sum(event.get(name) or 0 for event in self.rounds)
 
     @property
+    def staleness(self) -> dict[str, float] | None:
+        """How many versions behind updates were, ``mean`` and ``max``; nothing of a run whose rounds wait."""
+        told = [(event["staleness"], event["clients"]) for event in self.rounds if event.get("staleness")]
+        if not told:
+            return None
+        mean = sum(each["mean"] * clients for each, clients in told) / sum(clients for _, clients in told)
+        return {"mean": round(mean, 3), "max": max(each["max"] for each, _ in told)}
+
+    @property
     def row_selection(self) -> RowSelection | None:
         """What fetching rows saved; nothing of a run that sent nothing, or whose model has no tables."""
         sent, tables = self.total("bytes_down"), self.model.get("table_bytes", 0)
@@ -240,6 +250,7 @@ class RunRecord:
             "bytes_down": self.total("bytes_down"),
             "dropped": self.total("dropped"),
             **{name: self.total(name) for name in ("device_seconds", "wasted_seconds", "late") if self.total(name)},
+            **({} if self.staleness is None else {"staleness": self.staleness}),
             **({} if self.row_selection is None else {"row_selection": self.row_selection.to_dict()}),
             "evaluations": [_bare(event) for role in ("validation", "test") for event in self.final(role)],
             "baselines": [_bare(event) for event in self.baselines],

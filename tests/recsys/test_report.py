@@ -271,3 +271,15 @@ def test_a_chart_stays_within_its_frame_and_names_its_points() -> None:
     assert "round 2: HR@10 0.7" in drawn.text
     with pytest.raises(ValueError, match="nothing to draw"):
         line_chart([Line("a", [])], name="x", x_name="y", y_format=str)
+
+
+def test_a_run_that_waits_for_nobody_says_how_stale_updates_were(make_run: MakeRun, tmp_path: Path) -> None:
+    waits, does_not = make_run("waits"), make_run("does-not", until=10)
+    log = RunLog(does_not)
+    log.append("round", round=11, loss=1.0, clients=1, staleness={"mean": 4.0, "max": 4.0})
+    log.append("round", round=12, loss=1.0, clients=3, staleness={"mean": 1.0, "max": 9.0})
+    assert log.record().staleness == log.record().summary()["staleness"] == {"mean": 1.75, "max": 9.0}
+    assert "staleness" not in RunLog(waits).record().summary()
+    assert "versions behind" not in write_report([waits], tmp_path / "one.html").read_text("utf-8")
+    page = write_report([waits, does_not], tmp_path / "two.html").read_text("utf-8")
+    assert re.search(r"versions behind, an update</th><td>–</td><td>1\.75; at most 9</td>", page)

@@ -146,7 +146,7 @@ def test_a_window_ends_with_its_target(
 def test_too_few_by_the_deadline_that_a_round_was_given_abandon_it(tmp_path: Path) -> None:
     clock = HandClock()
     side = table(tmp_path, clock)
-    side._opened(PLAN, "train", EVERYBODY.clients, 4, replace(side.terms, deadline_seconds=12.5))
+    side.opened(PLAN, "train", EVERYBODY.clients, 4, replace(side.terms, deadline_seconds=12.5))
     clock.seconds += 12.5
     with pytest.raises(Abandoned, match=r"after 12\.5 s there were 0 of 4 updates"):
         list(side.exchange(PLAN, EVERYBODY, None, Draws(1), None))  # type: ignore[arg-type]
