@@ -103,7 +103,8 @@ class ScriptedVersion:
             self.of.asked.append((self.cohort.clients.tolist(), self.ask.needed()))
             if not self.ask.needed():
                 return
-            block = self.ask.visit(min(version, self.version), np.array([client]))
+            in_use = 0 <= self.version - version <= self.ask.settings.max_staleness
+            block = self.ask.visit(version if in_use else self.version, np.array([client]))
             yield replace(block, rounds=np.array([version]))
         if self.ask.needed():
             raise Abandoned("nobody else comes")
