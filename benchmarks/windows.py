@@ -71,8 +71,12 @@ POLICIES: Mapping[str, Sequence[str]] = {
     "adaptive, 1.1 asked": ("deadline.name=adaptive", "cohort.over_selection=1.1"),
     "fixed 600 s, 1.3 asked": (*FIXED_600, "cohort.over_selection=1.3"),
     "adaptive, 1.3 asked": ("deadline.name=adaptive", "cohort.over_selection=1.3"),
+    "asynchronous, 50 a step": ("asynchronous.buffer=50", f"asynchronous.concurrency={COHORT}"),
+    "asynchronous, 20 a step": ("asynchronous.buffer=20", f"asynchronous.concurrency={COHORT}"),
 }
-"""What each policy adds to the recipe. An asynchronous one is a line more, if its rounds tell the same figures."""
+"""What each policy adds to the recipe. As many clients work at once in asynchronous rounds (FedBuff) as in others; a
+round is a step of fewer updates, so there may be as many more of them, and looks are as many updates apart.
+"""
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,9 @@ class Shared:
 def way(shared: Shared, policy: str, target: float, look: int) -> Row:
     """One policy until it is at the target, or at its end."""
     recipe = load_recipe("dssm-synthetic", [*shared.overrides, *POLICIES[policy]], shared.registry)
+    if recipe.asynchronous is not None:
+        longer = COHORT // recipe.asynchronous.buffer
+        recipe, look = replace(recipe, rounds=recipe.rounds * longer), look * longer
     task = replace(shared.task, recipe=recipe)
     setting = Setting(recipe, shared.registry, task, Hooks.none(), shared.draws, time.monotonic)
     began, training = time.process_time(), Federated(setting)
