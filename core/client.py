@@ -49,7 +49,7 @@ class Staged:
 
     clients: IntArray
     states: Mapping[str, FloatArray]
-    leased: Mapping[str, Leased]
+    leased: Mapping[str, Leased] | None  # not known any more of those who are left of a visit
 
     def __len__(self) -> int:
         return len(self.clients)
@@ -57,7 +57,7 @@ class Staged:
     def without(self, clients: IntArray) -> Staged:
         """The same for the clients that are not among ``clients``; the rows that they were given are forgotten."""
         rest = ~np.isin(self.clients, clients)
-        return Staged(self.clients[rest], {name: values[rest] for name, values in self.states.items()}, {})
+        return Staged(self.clients[rest], {name: values[rest] for name, values in self.states.items()}, None)
 
 
 @dataclass(frozen=True)

@@ -251,3 +251,10 @@ def test_a_block_knows_the_rows_it_was_given_until_it_is_settled() -> None:
     assert client.leased(ids(1)) is None
     client.settle(ids(1, 2), np.array([True, False]))
     assert client.leased(ids(1, 2)) is None
+
+
+def test_of_those_who_are_left_of_a_visit_it_is_not_known_what_they_were_given() -> None:
+    client = side()
+    client.visit(PLAN, ids(1, 2))
+    client.settle(ids(1), np.array([True]))
+    assert client.leased(ids(2)) is None

@@ -1,7 +1,8 @@
-"""Flight: asynchronous rounds in virtual time: who is at work, from which version, and when each will be done.
+"""Flight: asynchronous rounds in virtual time: who is at work, from which version, and when it will be done.
 
 When a visit ends follows from the traces as it begins, so a version is a walk through the ends in their order: each
-makes room for another client, until enough updates have come. Only those are trained that are used.
+makes room for another client, until enough updates have come. Clients are trained when the first of their version
+arrives: blocks are wide, and hardly anybody is trained whose update is not used.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from fedtower.core.cohort import Cohort, IntArray
 from fedtower.core.plan import Plan
 from fedtower.core.transport import Abandoned, Asked, DeviceTime
-from fedtower.core.updates import Updates
+from fedtower.core.updates import Updates, stack
 
 State = Mapping[str, NDArray[Any]]
 
@@ -40,7 +41,8 @@ Begin = Callable[[IntArray], list[Task]]
 class VirtualVersion:
     """A version: those of ``cohort`` begin to work from it, in an order drawn by the seed, as soon as there is room.
 
-    ``begin(clients)`` gives their visits as if they began at 0; it is asked for ``block`` clients at a time.
+    ``begin(clients)`` gives their visits as if they began at 0; it is asked for ``block`` clients at a time. ``ahead``
+    are the updates that were made and have not arrived, by version and client; without them they are made again.
     """
 
     plan: Plan
@@ -50,6 +52,7 @@ class VirtualVersion:
     block: int
     set_now: Callable[[float], None]
     now: float
+    ahead: dict[tuple[int, int], Updates]
     _on_the_way: list[Task] = field(default_factory=list)
     _ended: list[Task] = field(default_factory=list)
 
@@ -72,7 +75,7 @@ class VirtualVersion:
             for version in sorted({task.version for task in fresh}):
                 clients = np.array(sorted(task.client for task in fresh if task.version == version), dtype=np.int64)
                 for start in range(0, len(clients), self.block):
-                    yield self.asked.visit(version, clients[start : start + self.block])
+                    yield self._trained(version, clients[start : start + self.block].tolist())
 
     def flight(self) -> State:
         """Who is on the way, and what time it is."""
@@ -95,6 +98,19 @@ class VirtualVersion:
             wasted=sum(task.seconds for task in wasted),
             late=sum(not task.vanishes for task in wasted),
         )
+
+    def _trained(self, version: int, clients: list[int]) -> Updates:
+        """The updates of some who have arrived; when one is to be trained, so are others of that version on their way,
+        as far as the block has room.
+        """
+        new = [client for client in clients if (version, client) not in self.ahead]
+        if new:
+            coming = (task for task in sorted(self._on_the_way) if task.version == version and not task.vanishes)
+            others = [task.client for task in coming if (version, task.client) not in self.ahead]
+            block = sorted([*new, *others[: self.block - len(new)]])
+            updates = self.asked.visit(version, np.array(block, dtype=np.int64))
+            self.ahead |= {(version, client): updates.slice(at, at + 1) for at, client in enumerate(block)}
+        return stack([self.ahead.pop((version, client)) for client in clients])
 
     def _due(self, needed: int) -> tuple[list[Task], list[Task]]:
         """The next visits to arrive: those that are too stale, and as many others as are needed.
@@ -154,6 +170,7 @@ class VirtualVersion:
 
     def _unused(self, task: Task) -> Updates:
         """In the place of an update that is too stale to count, and so is not computed: zeros."""
+        self.ahead.pop((task.version, task.client), None)
         dense = {name: np.zeros((1, *value.shape), np.float32) for name, value in self.plan.parameters.items()}
         return Updates(
             weights=np.zeros(1), dense=dense, clients=np.array([task.client]), rounds=np.array([task.version])

@@ -90,6 +90,7 @@ class VirtualLine:
     _now: float = 0.0
     _visits: Visits | None = field(default=None, repr=False)
     _traces: dict[int, Traces] = field(default_factory=dict, repr=False)
+    _ahead: dict[tuple[int, int], Updates] = field(default_factory=dict, repr=False)
 
     def begin(self, state: State) -> None:
         """Be at the time that ``state`` says."""
@@ -157,7 +158,7 @@ class VirtualLine:
             each = zip(seconds.tolist(), clients.tolist(), np.isfinite(until).tolist(), strict=True)
             return [Task(s, client, plan.round, s, vanishes) for s, client, vanishes in each]
 
-        return VirtualVersion(plan, cohort, asked, begin, self.settings.block, self._set_now, self._now)
+        return VirtualVersion(plan, cohort, asked, begin, self.settings.block, self._set_now, self._now, self._ahead)
 
     def visits(self, plan: Plan, cohort: Cohort, draws: Draws) -> Visits:
         """The visits of a cohort that begin now. Who is not there never begins."""
