@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from fedtower.core.cohort import Cohort
 from fedtower.core.draws import Draws
-from fedtower.core.errors import CheckpointError
+from fedtower.core.errors import CheckpointError, RecipeError
 from fedtower.core.journal import Instant, Journal, Lease, Outcome, Upload
 from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.registry import discover
@@ -31,6 +32,7 @@ from fedtower.plugins.transports.grpc.meters import Meters
 from fedtower.plugins.transports.grpc.plans import PublishedPlan
 from fedtower.plugins.transports.grpc.steps import Step, read_step
 from fedtower.plugins.transports.grpc.table import TableSide, Terms
+from fedtower.plugins.transports.grpc.transport import Grpc
 from fedtower.protos.v1 import federation_pb2 as pb
 
 CLIENTS, LOCAL = 12, LocalSettings(steps=1)
@@ -377,3 +379,10 @@ async def _no_rows(request: bytes) -> AsyncIterator[bytes]:
     for chunk in (request,):
         assert not chunk, "this model has no rows"
         yield chunk
+
+
+@pytest.mark.parametrize("settings", [{"target": 3}, {"quorum": 0.5}])
+def test_settings_of_rounds_that_wait_are_refused(settings: dict[str, Any]) -> None:
+    opening: Any = SimpleNamespace(asynchronous=AsynchronousSettings(buffer=2, concurrency=4))
+    with pytest.raises(RecipeError, match=r"transport\.target and transport\.quorum are for rounds that wait"):
+        Grpc(**settings).open(opening)
