@@ -127,7 +127,9 @@ class Watched:
         """How it stands now. What cannot be read is left out, and said."""
         record, running = self._log.record(), running_of(self._folder.path)
         windows, trouble = self._windows()
-        standing = self._transport.standing(self._folder.path, windows, self._recipe.cohort.asked.settings.get("size"))
+        asynchronous, size = self._recipe.asynchronous, self._recipe.cohort.asked.settings.get("size")
+        wanted = size if asynchronous is None else asynchronous.buffer
+        standing = self._transport.standing(self._folder.path, windows, wanted)
         phase = _phase(record, running, windows, standing, self._folder.path)
         evaluation = record.evaluations[-1] if record.evaluations else None
         counts = standing.counts

@@ -8,17 +8,21 @@ from pathlib import Path
 
 from fedtower.core.journal import Clock, RoundRecord, since_boot
 from fedtower.plugins.transports.grpc.seats import all_counted
+from fedtower.plugins.transports.grpc.steps import read_steps
 from fedtower.plugins.transports.grpc.table import elapsed
 from fedtower.plugins.transports.grpc.windows import read_window
 from fedtower.recsys.line import Counts, Waiting
 
 
 def waiting_of(folder: Path, records: Sequence[RoundRecord], clock: Clock = since_boot) -> list[Waiting]:
-    """The windows that are open, with what their files in ``folder`` say of them."""
+    """The windows that are open, with what their files in ``folder`` say of them; of asynchronous rounds the newest,
+    which has accepted what waits for its step in any of them.
+    """
     found = []
+    training = [record for record in records if record.task == "train" and record.state == "open"]
     for record in records:
         window = read_window(folder, record.round, record.task) if record.state == "open" else None
-        if window is not None:
+        if window is not None and record not in training[:-1]:
             seconds = window.deadline_seconds
             found.append(
                 Waiting(
@@ -26,11 +30,17 @@ def waiting_of(folder: Path, records: Sequence[RoundRecord], clock: Clock = sinc
                     task=record.task,
                     clients=len(window.clients),
                     target=window.target,
-                    accepted=record.accepted,
+                    accepted=record.accepted if window.concurrency is None else _untaken(folder.parent, training),
                     seconds_left=max(seconds - elapsed(window.opened, clock()), 0.0),
                 )
             )
     return found
+
+
+def _untaken(run: Path, training: Sequence[RoundRecord]) -> int:
+    """How many updates of these windows no step has taken."""
+    taken = Counter(window for step in read_steps(run / "steps") for window, _ in step.taken)
+    return sum(record.accepted - taken[record.round] for record in training)
 
 
 def counts_of(folder: Path) -> Counts:

@@ -30,6 +30,7 @@ from fedtower.plugins.transports.grpc.codec import Belongs, Submission, encode_s
 from fedtower.plugins.transports.grpc.intake import Caller, Intake
 from fedtower.plugins.transports.grpc.meters import Meters
 from fedtower.plugins.transports.grpc.plans import PublishedPlan
+from fedtower.plugins.transports.grpc.standing import waiting_of
 from fedtower.plugins.transports.grpc.steps import Step, read_step
 from fedtower.plugins.transports.grpc.table import TableSide, Terms
 from fedtower.plugins.transports.grpc.transport import Grpc
@@ -379,6 +380,17 @@ async def _no_rows(request: bytes) -> AsyncIterator[bytes]:
     for chunk in (request,):
         assert not chunk, "this model has no rows"
         yield chunk
+
+
+def test_the_status_shows_the_newest_version_and_what_waits_for_its_step(world: World) -> None:
+    world.open()
+    for client in (5, 1, 3):
+        world.send(client)
+    world.step()
+    world.open()
+    world.send(7)
+    (waiting,) = waiting_of(world.buffered.side.windows, world.journal.rounds(), world.clock)
+    assert (waiting.round, waiting.target, waiting.accepted, waiting.clients) == (2, 2, 2, CLIENTS)
 
 
 @pytest.mark.parametrize("settings", [{"target": 3}, {"quorum": 0.5}])

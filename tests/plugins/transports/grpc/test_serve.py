@@ -281,7 +281,9 @@ def test_health_says_what_is_wrong_and_when_it_is_well_again(child: Child) -> No
     port = RowPort("item", 4, 10)
     write_manifest(child.folder / "bundle", Manifest("m", "r", asdict(LOCAL), {}, (), (), (), (), port, {}))
     soon(lambda: reasons() == {"table": "the table process gives no rows"})
-    server = serve_rows(Table(), rows_address(child.folder))  # type: ignore[arg-type]
+    current = Event()
+    current.set()
+    server = serve_rows(Table(), rows_address(child.folder), current)  # type: ignore[arg-type]
     soon(lambda: not reasons())
     with sqlite3.connect(child.folder / "journal" / "index.sqlite", isolation_level=None) as locked:
         locked.execute("BEGIN IMMEDIATE")
