@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from fedtower.plugins.transports.grpc.leased import LeasedRows, keep_only
 from fedtower.plugins.transports.grpc.meters import Meters
 from fedtower.plugins.transports.grpc.presence import Presence
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
+from fedtower.plugins.transports.grpc.room import Room
 from fedtower.plugins.transports.grpc.rows import ids_of
 from fedtower.plugins.transports.grpc.staging import Staging
 from fedtower.plugins.transports.grpc.windows import Window, read_window
@@ -79,6 +79,10 @@ class Limits:
     memory_bytes: int = 64 << 20
     come_back_seconds: float = 2.0
     presence_seconds: float = 30.0
+    header_seconds: float = 20.0
+    """Until the first part of an upload is here."""
+    slow_seconds: float = 5.0
+    """What an upload may take while others wait for its place."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ class Intake:
         self.presence = Presence(self.folder / "present")
         self.staging = Staging(self.folder / "staging", self.limits.upload_bytes)
         self.leased = LeasedRows(self.folder / "leased")
-        self._memory = _Room(self.limits.memory_bytes)
+        self._memory = Room(self.limits.memory_bytes, self.limits.slow_seconds)
 
     async def check_in(self, caller: Caller, data: bytes) -> pb.CheckInReply:
         """A lease, or when to come back."""
@@ -221,8 +225,10 @@ class Intake:
     async def _submitted(self, caller: Caller, parts: AsyncIterator[bytes]) -> pb.SubmitReply:
         header = await self._header(caller, parts)
         round, task = self._lease_of(caller, header.lease)
-        async with self._memory.room(header.size):
-            payload = await self.staging.receive((round, task), header, caller.whose, _data_of(parts, caller.whose))
+        async with self._memory.room(header.size) as room:
+            async with room.receiving(header.lease, caller.whose):
+                data = _data_of(parts, caller.whose)
+                payload = await self.staging.receive((round, task), header, caller.whose, data)
             self.meters.received(len(payload))
             await asyncio.to_thread(self._check, caller, round, task, header, payload)
             try:
@@ -244,8 +250,9 @@ class Intake:
 
     async def _header(self, caller: Caller, parts: AsyncIterator[bytes]) -> pb.SubmitHeader:
         try:
-            first = parse(pb.SubmitPart, await anext(parts), whose=caller.whose)
-        except StopAsyncIteration:
+            async with asyncio.timeout(self.limits.header_seconds):
+                first = parse(pb.SubmitPart, await anext(parts), whose=caller.whose)
+        except (StopAsyncIteration, TimeoutError):
             raise Refused(Reason.TRUNCATED, f"{caller.whose} submitted nothing") from None
         header = first.header
         if first.WhichOneof("part") != "header" or len(header.digest) != 32 or len(header.lease) != 16:
@@ -301,7 +308,10 @@ class Intake:
         if now - self._looked > _LOOK_SECONDS:
             self._looked = now
             self._records = self.journal.rounds()
-            self.presence.write(within_seconds=self.limits.presence_seconds)
+            try:
+                self.presence.write(within_seconds=self.limits.presence_seconds)
+            except OSError as error:  # a full disk: who is there is no promise, and calls are answered all the same
+                self.said("presence_not_written", message=str(error))
             wanted = {(record.round, record.task) for record in self._records if record.state == "open"}
             for gone in self._open.keys() - wanted:
                 del self._open[gone]
@@ -328,27 +338,6 @@ class Intake:
 
     def _pause(self) -> float:
         return self.limits.come_back_seconds
-
-
-class _Room:
-    """Memory for uploads: who does not fit waits, so that many large ones do not come to lie beside one another."""
-
-    def __init__(self, size: int) -> None:
-        self._size, self._used = size, 0
-        self._freed = asyncio.Condition()
-
-    @asynccontextmanager
-    async def room(self, wanted: int) -> AsyncIterator[None]:
-        """Room for so many bytes; one that is larger than all of it has it alone."""
-        async with self._freed:
-            await self._freed.wait_for(lambda: self._used == 0 or self._used + wanted <= self._size)
-            self._used += wanted
-        try:
-            yield
-        finally:
-            async with self._freed:
-                self._used -= wanted
-                self._freed.notify_all()
 
 
 def _offers(windows: list[Window], client: int) -> Iterator[tuple[Window, int | None]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 import grpc.aio
@@ -29,6 +32,7 @@ _STATUS = {
     Reason.RATE: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.TOO_LARGE: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
+_STRANGE = (Reason.UNKNOWN_DEVICE, Reason.REVOKED)
 
 
 def caller() -> Device:
@@ -41,12 +45,16 @@ class Gate(grpc.aio.ServerInterceptor):
     """Lets in whom ``credentials`` knows, by token or by the certificate of the handshake, at the rates of ``rates``.
 
     Behind it a handler is called with the bytes of a request; one that was registered with a deserializer gets what
-    that makes of them, after the caller was let in. ``observe`` is told each refusal, and of whom.
+    that makes of them, after the caller was let in. ``observe`` is told each refusal, and of whom; ``said`` too, as
+    long as there are few of one caller, and how many of it were not said before: a log has an end.
     """
 
     credentials: Credentials
     rates: Rates
     observe: Callable[[Refused, str], None] = lambda _refusal, _who: None
+    said: Callable[[Refused, str, int], None] = lambda refusal, who, silent: _log.info(
+        "refused %s: %s: %s (%d before it were not logged)", who, refusal.reason.name, refusal, silent
+    )
 
     async def intercept_service(
         self,
@@ -90,16 +98,43 @@ class Gate(grpc.aio.ServerInterceptor):
             _log.error("who calls could not be looked up: %s", error)
             await context.abort(grpc.StatusCode.UNAVAILABLE, "credentials cannot be looked up now; come back later")
         assert isinstance(error, Refused)
-        _log.info("refused %s: %s: %s", who, error.reason.name, error)
+        strange = error.reason in _STRANGE
+        wait, silent = self.rates.refused(address(context) if strange else who)
+        if wait and strange:
+            # Only what fails is counted, and credentials are looked up first: of many devices behind one address, those
+            # that are known call as before, whatever their neighbours do.
+            error = Refused(
+                Reason.RATE,
+                f"too many calls without good credentials come from {address(context)}; come back in {wait:.1f} s",
+                retry_after_seconds=wait,
+            )
         self.observe(error, who)
+        if not wait:
+            self.said(error, who, silent)
         status = _STATUS.get(error.reason, grpc.StatusCode.FAILED_PRECONDITION)
         refusal = error.to_message()
         await context.abort(status, refusal.message, ((REFUSAL_KEY, refusal.SerializeToString()),))
 
 
 def address(context: Any) -> str:
-    """Where a call comes from, without the port: ``ipv4:192.0.2.7``."""
-    return str(context.peer()).rpartition(":")[0] or str(context.peer())
+    """Where a call comes from, without the port: see :func:`network`."""
+    return network(str(context.peer()))
+
+
+def network(peer: str) -> str:
+    """The address of a peer as gRPC writes it; of IPv6 the network, as whoever has one address there has 2^64.
+
+    >>> network("ipv4:192.0.2.7:4711"), network("ipv6:%5B2001:db8::1:2:3:4%5D:4711"), network("unix:/run/table")
+    ('ipv4:192.0.2.7', 'ipv6:2001:db8::/64', 'unix')
+    """
+    kind, _, rest = unquote(peer).partition(":")
+    if kind != "ipv6":
+        return f"{kind}:{rest.rpartition(':')[0]}".rstrip(":")
+    host = rest.rpartition(":")[0].strip("[]").partition("%")[0]
+    try:
+        return f"ipv6:{ipaddress.IPv6Network((host, 64), strict=False)}"
+    except ValueError:
+        return peer
 
 
 @dataclass(frozen=True)
@@ -131,29 +166,35 @@ class _Guarded:
         return make(getattr(self, kind), response_serializer=self.inner.response_serializer)
 
     async def unary_unary(self, request: bytes, context: Any) -> Any:
-        decoded = await self._taken(request, await self._admitted(context), context)
-        return await self.inner.unary_unary(decoded, context)
+        async with self._admitted(context) as who:
+            return await self.inner.unary_unary(await self._taken(request, who, context), context)
 
     async def unary_stream(self, request: bytes, context: Any) -> AsyncIterator[Any]:
-        decoded = await self._taken(request, await self._admitted(context), context)
-        async for reply in self.inner.unary_stream(decoded, context):
-            yield reply
+        async with self._admitted(context) as who:
+            async for reply in self.inner.unary_stream(await self._taken(request, who, context), context):
+                yield reply
 
     async def stream_unary(self, requests: AsyncIterator[bytes], context: Any) -> Any:
-        return await self.inner.stream_unary(self._each(requests, await self._admitted(context), context), context)
+        async with self._admitted(context) as who:
+            return await self.inner.stream_unary(self._each(requests, who, context), context)
 
     async def stream_stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
-        async for reply in self.inner.stream_stream(
-            self._each(requests, await self._admitted(context), context), context
-        ):
-            yield reply
+        async with self._admitted(context) as who:
+            async for reply in self.inner.stream_stream(self._each(requests, who, context), context):
+                yield reply
 
-    async def _admitted(self, context: Any) -> str:
-        try:
-            return self.gate.admit(context, self.device, without=self.without)
-        except FedtowerError as error:
-            await self.gate.turn_away(context, error, address(context) if self.device is None else self.device.id)
-            raise
+    @asynccontextmanager
+    async def _admitted(self, context: Any) -> AsyncIterator[str]:
+        """Who calls, for as long as it is answered."""
+        with ExitStack() as answered:
+            try:
+                who = self.gate.admit(context, self.device, without=self.without)
+                if not self.without:  # behind one address may be many who enrol
+                    answered.enter_context(self.gate.rates.running(who))
+            except FedtowerError as error:
+                await self.gate.turn_away(context, error, address(context) if self.device is None else self.device.id)
+                raise
+            yield who
 
     async def _each(self, requests: AsyncIterator[bytes], who: str, context: Any) -> AsyncIterator[Any]:
         async for request in requests:

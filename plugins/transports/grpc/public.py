@@ -31,6 +31,12 @@ OPTIONS = (
     ("grpc.http2.lookahead_bytes", 256 << 10),
     ("grpc.so_reuseport", 1),
     ("grpc.keepalive_permit_without_calls", 1),
+    # A connection that does not come to TLS and HTTP/2 within this time, or that nobody calls over, or from which no
+    # answer to a ping comes, is closed: half-open ones must not use up the files of the process.
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.max_connection_idle_ms", 300_000),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
 )
 
 
@@ -138,7 +144,12 @@ def public_server(
     intake: Intake, credentials: Credentials, rates: RateSettings, most_calls: int | None = None
 ) -> grpc.aio.Server:
     """The server of the public port; its address is still to be added."""
-    gate = Gate(credentials, Rates(rates), lambda refusal, who: refused(intake, refusal, who=who))
+
+    def said(refusal: Refused, who: str, silent: int) -> None:
+        more = {"not_logged_before": silent} if silent else {}
+        intake.said("refused", reason=refusal.reason.name.lower(), who=who, **more, message=str(refusal))
+
+    gate = Gate(credentials, Rates(rates), lambda refusal, _who: intake.meters.refused(refusal.reason), said)
     server = grpc.aio.server(interceptors=[gate], options=OPTIONS, maximum_concurrent_rpcs=most_calls)
     server.add_generic_rpc_handlers((Public(intake, credentials).handlers(),))
     return server

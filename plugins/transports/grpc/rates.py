@@ -1,11 +1,12 @@
-"""Rates: how often, and with how many bytes, one device may call."""
+"""Rates: how often, how much at once, and with how many bytes, one device may call; and how often it is refused."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fedtower.core.errors import RecipeError
@@ -22,6 +23,11 @@ class RateSettings:
     calls_burst: float = field(default=500.0, metadata={"help": "calls of one device at once, after a pause"})
     bytes_per_second: float = field(default=32e6, metadata={"help": "bytes that one device sends"})
     bytes_burst: float = field(default=256e6, metadata={"help": "bytes that one device sends at once, after a pause"})
+    calls_at_once: int = field(default=16, metadata={"help": "calls of one device that are answered at the same time"})
+    refusals_per_second: float = field(
+        default=1.0, metadata={"help": "calls of one address without good credentials; and lines of the log about one"}
+    )
+    refusals_burst: float = field(default=100.0, metadata={"help": "such calls at once, after a pause"})
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -59,6 +65,8 @@ class Rates:
     def __init__(self, settings: RateSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings, self._clock = settings, clock
         self._buckets: OrderedDict[str, tuple[Bucket, Bucket]] = OrderedDict()
+        self._refusals: OrderedDict[str, tuple[Bucket, int]] = OrderedDict()
+        self._running: Counter[str] = Counter()
 
     def call(self, who: str) -> None:
         """Count a call. Raises Refused (``RATE``), with when to come back."""
@@ -67,6 +75,36 @@ class Rates:
     def sent(self, who: str, size: int) -> None:
         """Count bytes. Raises Refused (``RATE``), with when to come back."""
         self._take(who, 1, size, "bytes")
+
+    @contextmanager
+    def running(self, who: str) -> Iterator[None]:
+        """A call that is being answered meanwhile. Raises Refused (``RATE``) for one too many."""
+        if self._running[who] >= self._settings.calls_at_once:
+            raise Refused(
+                Reason.RATE,
+                f"{self._running[who]} calls of {who} are being answered, and one has no more at once; come back when "
+                f"they have ended",
+                retry_after_seconds=1.0,
+            )
+        self._running[who] += 1
+        try:
+            yield
+        finally:
+            self._running[who] -= 1
+            if not self._running[who]:
+                del self._running[who]
+
+    def refused(self, who: str) -> tuple[float, int]:
+        """Count a refusal: 0 seconds while there are few, and how many before it were one too many; or, for such a
+        one, the seconds until there are few again.
+        """
+        now, most = self._clock(), (self._settings.refusals_per_second, self._settings.refusals_burst)
+        bucket, silent = self._refusals.pop(who, (Bucket(*most, now), 0))
+        wait = bucket.take(1, now)
+        self._refusals[who] = (bucket, silent + 1 if wait else 0)
+        if len(self._refusals) > _MOST_KEPT:
+            self._refusals.popitem(last=False)
+        return (wait, 0) if wait else (0.0, silent)
 
     def _take(self, who: str, which: int, amount: float, what: str) -> None:
         now = self._clock()

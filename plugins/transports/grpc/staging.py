@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fedtower.protos.v1 import federation_pb2 as pb
 
 @dataclass(frozen=True)
 class Staging:
-    """Unfinished uploads as files, by lease and digest, in a folder a window. An upload that comes in one go is never
+    """Unfinished uploads as files, in a folder a lease, in a folder a window. An upload that comes in one go is never
     written here.
     """
 
@@ -61,7 +62,10 @@ class Staging:
 
     def forget(self, window: tuple[int, Task], lease: bytes, digest: bytes) -> None:
         """Let go of what is here of an upload."""
-        self._path(window, lease, digest).unlink(missing_ok=True)
+        path = self._path(window, lease, digest)
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or another upload is in it
+            path.parent.rmdir()
 
     def _before(self, window: tuple[int, Task], header: pb.SubmitHeader, whose: str) -> bytes:
         if not header.offset:
@@ -81,10 +85,14 @@ class Staging:
         with storage_errors(self.folder):
             path = self._path(window, header.lease, header.digest)
             path.parent.mkdir(parents=True, exist_ok=True)
+            # One upload a lease: who begins others without end would fill the disk.
+            for other in path.parent.iterdir():
+                if other != path:
+                    other.unlink()
             with path.open("r+b" if offset else "wb") as file:
                 file.seek(offset)
                 file.truncate()
                 file.write(data)
 
     def _path(self, window: tuple[int, Task], lease: bytes, digest: bytes) -> Path:
-        return self.folder / folder_of(*window) / f"{lease.hex()}-{digest.hex()[:16]}"
+        return self.folder / folder_of(*window) / lease.hex() / digest.hex()[:16]

@@ -44,6 +44,7 @@ class Seen:
     callers: list[str] = field(default_factory=list)
     decoded: int = 0
     refused: Counter[str] = field(default_factory=Counter)
+    said: list[str] = field(default_factory=list)
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Handlers of bytes, as a server has them, and one (Resume) that was registered with a deserializer."""
@@ -133,8 +134,11 @@ async def served(
     def observe(refusal: Refused, _who: str) -> None:
         seen.refused[refusal.reason.name] += 1
 
+    def say(refusal: Refused, _who: str, _silent: int) -> None:
+        seen.said.append(refusal.reason.name)
+
     server = grpc.aio.server(
-        interceptors=[Gate(credentials, Rates(rates or RateSettings()), observe)],
+        interceptors=[Gate(credentials, Rates(rates or RateSettings()), observe, say)],
         options=[("grpc.max_receive_message_length", CALL_BYTES), ("grpc.so_reuseport", 0)],
     )
     server.add_generic_rpc_handlers((seen.handlers(),))
@@ -279,6 +283,68 @@ def test_a_device_that_calls_too_often_is_told_when_to_come_back(tmp_path: Path)
             assert (await refusal_of(stub.Enrol(pb.EnrolRequest(), timeout=TIMEOUT)))[0] is status
 
     run(scenario())
+
+
+def test_guessing_from_an_address_is_slowed_and_its_neighbours_call_as_before(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        few = RateSettings(refusals_per_second=0.01, refusals_burst=3.0)
+        async with served(tmp_path, few) as place, place.channel() as channel:
+            stub: Any = FederationStub(channel)
+            _, token = place.enrolled()
+            wrong = [bearer(f"{token[:16]}.{number}") for number in range(5)]
+            reasons = []
+            for metadata in (*wrong, ()):
+                status, refusal = await refusal_of(
+                    stub.Heartbeat(pb.HeartbeatRequest(), metadata=metadata, timeout=TIMEOUT)
+                )
+                assert refusal is not None
+                reasons.append((refusal.reason, status, refusal.retry_after_seconds > 90))
+                # The same address, with good credentials: a NAT has many behind it.
+                await stub.Heartbeat(pb.HeartbeatRequest(), metadata=bearer(token), timeout=TIMEOUT)
+            assert reasons[:3] == [(Reason.UNKNOWN_DEVICE, grpc.StatusCode.UNAUTHENTICATED, False)] * 3
+            assert reasons[3:] == [(Reason.RATE, grpc.StatusCode.RESOURCE_EXHAUSTED, True)] * 3
+            assert place.seen.refused == {"UNKNOWN_DEVICE": 3, "RATE": 3}
+            assert place.seen.said == ["UNKNOWN_DEVICE"] * 3  # a log has an end
+
+    run(scenario())
+
+
+def test_a_device_that_calls_many_times_at_once_is_held_back_and_others_are_not(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with served(tmp_path, RateSettings(calls_at_once=3)) as place, place.channel() as channel:
+            stub: Any = FederationStub(channel)
+            (_, token), (_, other) = place.enrolled(), place.enrolled()
+            held = [stub.Submit(metadata=bearer(token), timeout=TIMEOUT) for _ in range(3)]
+            for call in held:
+                await call.write(pb.SubmitPart(data=b"x"))
+            for _ in range(200):
+                if len(place.seen.requests) == 3:
+                    break
+                await asyncio.sleep(0.02)
+            status, refusal = await refusal_of(stub.Heartbeat(pb.HeartbeatRequest(), metadata=bearer(token)))
+            assert status is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert refusal is not None
+            assert (refusal.reason, refusal.retry_after_seconds) == (Reason.RATE, 1.0)
+            await stub.Heartbeat(pb.HeartbeatRequest(), metadata=bearer(other), timeout=TIMEOUT)
+            held.pop().cancel()
+            for _ in range(200):
+                if await answers(stub, token):
+                    break
+                await asyncio.sleep(0.02)
+            else:
+                raise AssertionError("a call that has ended is counted still")
+            for call in held:
+                await call.done_writing()
+                await call
+
+    run(scenario())
+
+
+async def answers(stub: Any, token: str) -> bool:
+    try:
+        return bool(await stub.Heartbeat(pb.HeartbeatRequest(), metadata=bearer(token), timeout=TIMEOUT) == ALIVE)
+    except grpc.aio.AioRpcError:
+        return False
 
 
 def test_a_device_that_sends_too_much_is_stopped_in_the_middle(tmp_path: Path) -> None:

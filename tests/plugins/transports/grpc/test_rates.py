@@ -84,3 +84,33 @@ def test_more_than_a_burst_is_never_let_in() -> None:
 def test_a_rate_is_above_nothing(value: float) -> None:
     with pytest.raises(RecipeError, match="calls_per_second must be above 0"):
         RateSettings(calls_per_second=value)
+
+
+def test_one_that_is_refused_again_and_again_is_told_when_to_come_back_and_others_are_not() -> None:
+    clock = Clock()
+    rates = Rates(RateSettings(refusals_per_second=1.0, refusals_burst=2.0), clock)
+    assert [rates.refused("one") for _ in range(4)] == [(0.0, 0), (0.0, 0), (1.0, 0), (1.0, 0)]
+    assert rates.refused("other") == (0.0, 0)
+    clock.now += 1.0
+    assert rates.refused("one") == (0.0, 2)  # two went unsaid before it
+    assert rates.refused("one") == (1.0, 0)
+
+
+def test_the_table_of_the_refused_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedtower.plugins.transports.grpc.rates._MOST_KEPT", 10)
+    rates = Rates(RateSettings(), Clock())
+    for caller in range(100):
+        rates.refused(str(caller))
+    assert len(rates._refusals) == 10
+
+
+def test_a_device_has_so_many_calls_at_once_and_no_more() -> None:
+    rates = Rates(RateSettings(calls_at_once=2), Clock())
+    with rates.running("one"), rates.running("other"):
+        refused = pytest.raises(Refused, match="2 calls of one are being answered")
+        with rates.running("one"), refused as caught, rates.running("one"):
+            raise AssertionError("it was let in")
+        assert (caught.value.reason, caught.value.retry_after_seconds) == (Reason.RATE, 1.0)
+        with rates.running("one"):
+            pass
+    assert not rates._running
