@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,10 @@ def _write_ready(folder: Path, port: int, page: str) -> None:
 def main(path: str) -> int:
     """Serve by the settings in a file; the exit code."""
     config = json.loads(Path(path).read_text(encoding="utf-8"))
+    # Every connection is a file, and most systems begin a process with 1,024: half-open ones would keep devices out.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         asyncio.run(serve(config, discover(folder=Path(config["folder"]))))
     except FedtowerError as error:

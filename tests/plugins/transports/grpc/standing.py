@@ -225,9 +225,24 @@ class Standing:
         thread.start()
         try:
             yield found
+        except BaseException:
+            self.side.journal.advance(self.side.epoch, number, "train", "abandoned", "the test has failed")
+            raise
         finally:
             thread.join(300.0)
             assert not thread.is_alive()
+
+    @asynccontextmanager
+    async def round_beside(self, number: int, clients: Sequence[int], target: int) -> AsyncIterator[Round]:
+        """The same, for whoever has calls running in the event loop while the round ends."""
+        opened = self.round(number, clients, target)
+        found = opened.__enter__()
+        try:
+            yield found
+        except BaseException as error:
+            await asyncio.to_thread(opened.__exit__, type(error), error, error.__traceback__)
+            raise
+        await asyncio.to_thread(opened.__exit__, None, None, None)
 
     def submission(self, lease: pb.Lease, **changes: Any) -> Submission:
         """The update of a client that does everything right, unless something is changed; of each client another."""

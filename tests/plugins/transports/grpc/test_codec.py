@@ -1,6 +1,5 @@
 """What a device submits survives the wire to the bit, and what is no submission is refused with a reason."""
 
-import random
 import resource
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from fedtower.plugins.transports.grpc.refusals import Reason, Refused, refusal_o
 from fedtower.plugins.transports.grpc.tensors import DTYPES, to_array, to_tensor
 from fedtower.protos.v1 import federation_pb2 as pb
 from fedtower.recsys.evaluation import MetricSum
+from tests.plugins.transports.grpc.damage import damaged
 
 MIB = 1 << 20
 BELONGS = Belongs("shops", b"m" * 32, 3, b"l" * 16)
@@ -276,37 +276,13 @@ def test_a_reason_of_a_later_version_is_unspecified() -> None:
     assert Refused.from_message(pb.Refusal(reason=99, message="why")).reason is Reason.UNSPECIFIED  # type: ignore[arg-type]
 
 
-def mutants(seed: int, data: bytes) -> bytes:
-    """The bytes, damaged: bits turned, a part cut out, doubled or made up, or the end missing."""
-    draw = random.Random(seed)
-    mutant = bytearray(data)
-    for _ in range(draw.choice([1, 1, 2, 5])):
-        # Half of the time at an end of it: in the middle of a large message are numbers, and any bits are numbers.
-        at = draw.choice(
-            [draw.randrange(len(mutant) or 1), draw.randrange(200), max(len(mutant) - draw.randrange(200), 0)]
-        )
-        until = at + draw.choice([1, 1, 4, 50])
-        kind = draw.randrange(5)
-        if kind == 0 and mutant:
-            mutant[at % len(mutant)] ^= 1 << draw.randrange(8)
-        elif kind == 1:
-            del mutant[at:until]
-        elif kind == 2:
-            mutant[at:at] = mutant[at:until]
-        elif kind == 3:
-            mutant[at:until] = draw.randbytes(until - at)
-        else:
-            del mutant[at:]
-    return bytes(mutant)
-
-
 @pytest.mark.parametrize("size", [100, 20_000], ids=["parsed at once", "counted first"])
 def test_a_damaged_message_gives_a_refusal_or_a_submission_and_nothing_else(size: int) -> None:
     whole = encode_submission(submission(size=size))
     said: Counter[str] = Counter()
     for seed in range(1_000):
         try:
-            decode(mutants(seed, whole))
+            decode(damaged(seed, whole))
             said["taken"] += 1
         except Refused as error:
             said[error.reason.name] += 1
@@ -328,7 +304,7 @@ def test_100_000_damaged_messages_leave_nothing_behind() -> None:
         if seed == 1_000:  # what the first ones import and grow is not what each leaves
             before = resident()
         try:
-            decode(mutants(seed, whole[seed % 2]))
+            decode(damaged(seed, whole[seed % 2]))
             said["taken"] += 1
         except Refused as error:
             said[error.reason.name] += 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedtower.plugins.transports.grpc.refusals import Reason, Refused
+from fedtower.plugins.transports.grpc.refusals import Refused
 from fedtower.plugins.transports.grpc.room import Room
 
 LATER = 0.05
