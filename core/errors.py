@@ -114,4 +114,6 @@ DISK_ERRORS = {
     errno.EACCES: "there is no permission to do that; choose another folder, or change its permissions",
     errno.EPERM: "the system does not permit that; choose another folder, or change its permissions",
     errno.ENOTDIR: "a part of that path is a file; choose another folder",
+    errno.ENAMETOOLONG: "a name in it is too long; choose another folder",
+    errno.ELOOP: "there are links that lead to one another in that path; choose another folder",
 }

@@ -21,6 +21,7 @@ import tomli_w
 from fedtower.core.checkpoint import list_checkpoints, storage_errors
 from fedtower.core.discovery import LOCAL_FILE
 from fedtower.core.errors import CheckpointError, RecipeError
+from fedtower.core.folders import make_folder
 from fedtower.core.recipe import Recipe, parse_recipe
 from fedtower.core.registry import Registry
 
@@ -71,7 +72,7 @@ class RunFolder:
                 f"slashes that begins with a letter or a digit, such as my-run"
             )
         with storage_errors(runs):
-            runs.mkdir(parents=True, exist_ok=True)
+            make_folder(runs)
             number = 1 + max((_number(path, recipe.name) for path in runs.iterdir()), default=0)
             while True:
                 path = runs / f"{recipe.name}-{number}"

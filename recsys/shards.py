@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from fedtower.core.checkpoint import storage_errors
 from fedtower.core.errors import DataError
+from fedtower.core.folders import make_folder
 from fedtower.recsys.bundle import BundleError, read_tensors, write_tensors
 from fedtower.recsys.examples import ExampleCard, Examples, ExampleSet
 from fedtower.recsys.population import DataCard, Events, HeldOut, Population
@@ -64,7 +65,7 @@ def write_shards(
         StorageError: the disk is full, or not ours to write.
     """
     with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if any(folder.iterdir()):
             raise DataError(f"{folder} is not empty; name a folder that is not there yet")
         if isinstance(data, ExampleSet):

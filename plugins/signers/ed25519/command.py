@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from fedtower.core.folders import make_folder
 from fedtower.plugins.signers.ed25519.signer import make_key
 
 
@@ -21,7 +22,7 @@ def keygen(folder: Path) -> None:
     Example:
       fedtower keygen keys
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     signer = make_key(folder / "signing.pem", folder / "signing.pub")
     click.echo(f"{signer.key}: the private key; it stays here")
     click.echo(f"{folder / 'signing.pub'}: the public key; give it to the devices, as a file or as these letters:")

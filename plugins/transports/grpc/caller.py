@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,16 +14,19 @@ from typing import Any, Protocol, TypeVar
 import grpc
 import numpy as np
 
-from fedtower.core.errors import Unreachable
+from fedtower.core.errors import TrustError, Unreachable
 from fedtower.core.rows import FloatArray, IntArray
 from fedtower.plugins.transports.grpc.artefacts import Artefact
 from fedtower.plugins.transports.grpc.codec import PROTOCOL, Task
+from fedtower.plugins.transports.grpc.handshakes import distrust
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
 from fedtower.plugins.transports.grpc.tensors import to_array, to_tensor
 from fedtower.protos.v1 import federation_pb2 as pb
 from fedtower.protos.v1.federation_pb2_grpc import FederationStub
 
 Answer = TypeVar("Answer")
+
+_log = logging.getLogger(__name__)
 
 PART_BYTES = 256 << 10
 MOST_ROWS = 32_768  # ids of one call
@@ -213,6 +217,7 @@ class Caller:
     def _again(self, attempt: Callable[[], Iterator[Answer]], done: Callable[[], bool]) -> Iterator[Answer]:
         """What the attempts give, one after another, until all has come; one that brought something starts afresh."""
         waits, until = self.back_off.waits(self.chance), time.monotonic() + self.back_off.give_up_seconds
+        untrusted: list[TrustError] = []
         while True:
             try:
                 for answer in attempt():
@@ -225,14 +230,21 @@ class Caller:
                 least, why = later.seconds, str(later)
             except grpc.RpcError as error:
                 least, why = _seconds_until_again(error), _told(error)
-            self._pause(least + next(waits), until, why)
+            self._pause(least + next(waits), until, why, untrusted)
 
     def _until_answered(self, attempt: Callable[[], Answer]) -> Answer:
         """The first answer of attempts."""
         return next(iter(self._again(lambda: iter([attempt()]), lambda: True)))
 
-    def _pause(self, seconds: float, until: float, why: str) -> None:
+    def _pause(self, seconds: float, until: float, why: str, untrusted: list[TrustError]) -> None:
+        found = distrust(why)
+        if found is not None and str(found) not in map(str, untrusted):
+            # It may be renewed at any time, which is no reason to give up at once, but to say so.
+            _log.warning("%s", found)
+            untrusted.append(found)
         if time.monotonic() + seconds > until:
+            if untrusted:
+                raise untrusted[-1]
             raise Unreachable(
                 f"the server gave no answer for {self.back_off.give_up_seconds:g} seconds ({why}); is it running, and "
                 f"are address and certificate right?"

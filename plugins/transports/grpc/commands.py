@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtower.core.errors import RecipeError, StorageError
+from fedtower.core.folders import make_folder
 from fedtower.plugins.transports.grpc.certificates import (
     hosts_of,
     issue_client,
@@ -53,7 +54,7 @@ def certs(folder: Path, hosts: tuple[str, ...], clients: tuple[str, ...], days: 
         )
     if renew and not (folder / "authority.pem").exists():
         raise StorageError(f"there is nothing to renew in {folder}: no authority was made there")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     is_new = not (folder / "authority.pem").exists()
     authority = make_authority(folder) if is_new else read_authority(folder)
     if hosts or (renew and not clients):

@@ -190,9 +190,7 @@ class Credentials:
         if device is None or digest is None or not right:
             raise Refused(Reason.UNKNOWN_DEVICE, "the token is of no device that is enrolled here; enrol again")
         if not used:
-            # Lost in a power cut, it lets the device itself, and nobody else, ask for its token again.
-            with self._change(durable=False):
-                self._db.execute("UPDATE devices SET used = 1 WHERE id = ?", (device.id,))
+            self._mark_used(device.id)
         return _admitted(device)
 
     def by_certificate(self, subject: str) -> Device:
@@ -207,6 +205,23 @@ class Credentials:
         return _admitted(found[0])
 
     # Rows
+
+    def _mark_used(self, device_id: str) -> None:
+        """Note that a token was used, unless that would take time, as calls wait meanwhile: then the next one does.
+
+        Lost, or left out for a while, it lets the device itself, and nobody else, ask for its token again.
+        """
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._db.execute("PRAGMA busy_timeout = 0")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            self._db.execute("UPDATE devices SET used = 1 WHERE id = ?", (device_id,))
+        except sqlite3.OperationalError:
+            pass  # somebody else writes, or the disk is full
+        finally:
+            self._db.execute(f"PRAGMA busy_timeout = {1_000 * _BUSY_SECONDS:.0f}")
+            self._lock.release()
 
     def _look(self, where: str, *values: object) -> tuple[Device, bytes | None, int] | None:
         with self._reading, self._said():
@@ -240,10 +255,10 @@ class Credentials:
         return 0 if last is None else last + 1
 
     @contextmanager
-    def _change(self, *, durable: bool = True) -> Iterator[None]:
-        """All of it or nothing; on disk, if it is to be durable, when this returns."""
+    def _change(self) -> Iterator[None]:
+        """All of it or nothing; on disk when this returns."""
         with self._lock, self._said():
-            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield

@@ -17,6 +17,7 @@ import grpc
 
 from fedtower.core.checkpoint import storage_errors
 from fedtower.core.errors import TrustError
+from fedtower.core.folders import make_folder
 from fedtower.core.hooks import Hooks
 from fedtower.core.registry import Registry
 from fedtower.core.signing import Verifier
@@ -87,6 +88,7 @@ class Device:
 
         Raises:
             Unreachable: the server did not answer for too long.
+            TrustError: all that time its certificate was not believed.
             Refused: this device may not take part.
             SignatureError: what came is not of the server whose key is pinned.
         """
@@ -146,7 +148,7 @@ class Device:
                 f"`fedtower enrol codes` makes them"
             )
         with storage_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
         begun = begin_enrolment(path, self.code or "", name)
         return begun if isinstance(begun, Enrolled) else finish_enrolment(path, caller.enrol(begun))
 

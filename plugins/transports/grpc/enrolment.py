@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedtower.core.errors import TrustError
+import grpc
+
+from fedtower.core.errors import StorageError, TrustError
 from fedtower.core.secret_files import read_secret, write_secret
 from fedtower.plugins.transports.grpc.bounds import parse
 from fedtower.plugins.transports.grpc.codec import PROTOCOL, refuse_other_protocol
@@ -23,6 +26,7 @@ from fedtower.plugins.transports.grpc.refusals import Refused
 from fedtower.protos.v1 import federation_pb2 as pb
 
 _MOST_REQUEST = 4 << 10
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class EnrolService:
     credentials: Credentials
     observe: Callable[[Refused], None] = lambda _refusal: None
 
-    async def enrol(self, request: bytes, _context: Any) -> bytes:
+    async def enrol(self, request: bytes, context: Any) -> bytes:
         """The reply to a request, both as bytes: an enrolment, or a refusal."""
         try:
             message = parse(pb.EnrolRequest, request, most_bytes=_MOST_REQUEST)
@@ -93,6 +97,9 @@ class EnrolService:
         except Refused as error:
             self.observe(error)
             return pb.EnrolReply(refusal=error.to_message()).SerializeToString()
+        except StorageError as error:
+            _log.error("nobody can enrol now: %s", error)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "nobody can enrol now; come back later")
         given = pb.Enrolment(federation=self.federation, device_id=device.id, client=device.client, token=token)
         return pb.EnrolReply(enrolment=given).SerializeToString()
 

@@ -7,7 +7,7 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import cast
 
@@ -20,6 +20,7 @@ from fedtower.core.errors import RecipeError, TrustError
 from fedtower.core.secret_files import read_secret
 
 _log = logging.getLogger(__name__)
+_SOON = timedelta(days=14)
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class ServerTls:
     """The files by which a server is known, looked at on every handshake: whoever renews them need not stop it.
 
     With ``clients``, every device must show a certificate of that authority (mutual TLS); without, it has a token.
+
+    Two weeks before the certificate expires, and every day from then on, the log says so.
 
     Raises:
         TrustError: from :meth:`credentials`: a file is missing or damaged, the certificate has expired, or the key is
@@ -42,10 +45,11 @@ class ServerTls:
     def credentials(self) -> grpc.ServerCredentials:
         """The credentials of a port, which follow the files."""
         seen, current = self._state(), self._read()
+        said = self._warn(None)
 
         def look() -> grpc.ServerCertificateConfiguration | None:
-            nonlocal seen
-            now = self._state()
+            nonlocal seen, said
+            now, said = self._state(), self._warn(said)
             if now == seen:
                 return None
             try:
@@ -63,6 +67,22 @@ class ServerTls:
         return grpc.dynamic_ssl_server_credentials(
             current, fetch, require_client_authentication=self.clients is not None
         )
+
+    def _warn(self, said: datetime | None) -> datetime | None:
+        """Say that the certificate expires soon, if it does, and was not said to today; when it was said last."""
+        now = datetime.now(UTC)
+        if said is not None and now - said < timedelta(days=1):
+            return said
+        try:
+            until = x509.load_pem_x509_certificate(self.certificate.read_bytes()).not_valid_after_utc
+        except (OSError, ValueError):
+            return said  # which is said elsewhere
+        if until - now < _SOON:
+            _log.warning(
+                "the certificate %s expires on %s, and devices will not believe this server any more: renew it",
+                *(self.certificate, f"{until:%Y-%m-%d %H:%M} UTC"),
+            )
+        return now
 
     def _state(self) -> tuple[tuple[int, int, int] | None, ...]:
         return tuple(map(_stamp, filter(None, (self.certificate, self.key, self.clients))))

@@ -124,6 +124,9 @@ class Peer:
             else:
                 last = await call
         except grpc.aio.AioRpcError as error:
+            if error.details() == "Internal error from Core":
+                # What this side's gRPC says when the other ends a stream at the moment in which it is written to.
+                return Answer(status=grpc.StatusCode.CANCELLED)
             told = Refused.from_metadata(error.trailing_metadata())
             return Answer(None, told, error.code(), str(error.details()))
         message = reply.FromString(last)
@@ -269,7 +272,7 @@ class Standing:
 
     def log(self) -> list[dict[str, Any]]:
         """What the intake has logged, as it was written."""
-        lines = (self.folder / "intake.log").read_text(encoding="utf-8").splitlines()
+        lines = (self.folder / "intake.log").read_text(encoding="utf-8", errors="replace").splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
     def counted(self, name: str) -> dict[str, float]:

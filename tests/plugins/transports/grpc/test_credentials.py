@@ -203,6 +203,28 @@ def test_who_is_known_is_let_in_while_somebody_enrols(credentials: Credentials) 
         assert refused(credentials.by_token, "nobody.x") is Reason.UNKNOWN_DEVICE
 
 
+def test_nobody_waits_to_note_that_a_token_was_used(
+    credentials: Credentials, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls wait meanwhile, all of them: neither for another process that writes nor for a thread that enrols."""
+    monkeypatch.setattr("fedtower.plugins.transports.grpc.credentials._BUSY_SECONDS", 0.05)
+    device, token = enrolled(credentials)
+    lock = sqlite3.connect(tmp_path / "credentials.sqlite", isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+    assert credentials.by_token(token) == device
+    lock.execute("ROLLBACK")
+    with credentials._lock:
+        assert credentials.by_token(token) == device
+    used = "SELECT used FROM devices"
+    assert lock.execute(used).fetchall() == [(0,)]
+    assert credentials.by_token(token) == device
+    assert lock.execute(used).fetchall() == [(1,)]
+    lock.execute("BEGIN IMMEDIATE")  # whoever has time waits as before
+    with pytest.raises(StorageError, match="database is locked"):
+        credentials.make_codes(1)
+    lock.close()
+
+
 def test_what_is_no_file_of_credentials_is_said_to_be_none(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no database " * 1_000)
     with pytest.raises(TrustError, match="no file of credentials"):

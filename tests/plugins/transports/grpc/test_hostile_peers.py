@@ -140,11 +140,11 @@ def test_malformed_messages_are_answered_and_leave_nothing_behind(
     assert said.total() >= count
     # Every one has an answer that says what is wrong, unless what was left of it is good; none is an error of the
     # server's own.
-    good_still = {"lease", "come_back", "alive", "held", "data", "part", "acknowledged", "None"}
+    good_still = {"lease", "come_back", "alive", "held", "data", "part", "acknowledged", "None", "CANCELLED"}
     assert set(said) <= {reason.name for reason in Reason} | good_still
     assert sum(said[each] for each in good_still) < 0.4 * count
     assert {"CORRUPT", "TRUNCATED", "UNKNOWN_DEVICE", "UNKNOWN_LEASE"} <= set(said)
-    assert "Traceback" not in (at.folder / "intake.log").read_text(encoding="utf-8")
+    assert b"Traceback" not in (at.folder / "intake.log").read_bytes()
     assert grown < 10 * MIB
 
 
@@ -274,7 +274,7 @@ def test_garbage_on_every_layer_harms_nobody(count: int, at: Standing) -> None:
         await healthy(at, 2)
 
     run(scenario())
-    assert "Traceback" not in (at.folder / "intake.log").read_text(encoding="utf-8")
+    assert b"Traceback" not in (at.folder / "intake.log").read_bytes()
 
 
 def test_uploads_that_never_end_keep_nobody_out(at: Standing) -> None:
@@ -289,8 +289,8 @@ def test_uploads_that_never_end_keep_nobody_out(at: Standing) -> None:
 
     async def silence() -> AsyncIterator[bytes]:
         await stop.wait()
-        for nothing in ():
-            yield nothing
+        if not stop.is_set():
+            yield b""
 
     async def scenario() -> None:
         async with AsyncExitStack() as stack:

@@ -5,6 +5,7 @@ import ssl
 import stat
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,29 @@ def test_an_operator_enrols_lists_and_revokes(tmp_path: Path) -> None:
     listed = run(enrol, "list", path, "--json")
     assert '"state": "revoked"' in listed
     assert token.partition(".")[2] not in listed
+
+
+@pytest.mark.parametrize(("days", "warned"), [(1, True), (13, True), (15, False), (365, False)])
+def test_two_weeks_before_a_certificate_expires_it_is_said(
+    days: int, warned: bool, keys: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    issue_server(read_authority(keys), keys, ["localhost"], days, renew=True)
+    ServerTls(keys / "server.pem", keys / "server.key").credentials()
+    assert ("devices will not believe this server any more: renew it" in caplog.text) == warned
+
+
+def test_a_warning_is_given_once_a_day(keys: Path, caplog: pytest.LogCaptureFixture) -> None:
+    issue_server(read_authority(keys), keys, ["localhost"], 1, renew=True)
+    tls = ServerTls(keys / "server.pem", keys / "server.key")
+    said = tls._warn(None)
+    assert said is not None
+    assert tls._warn(said) is said
+    assert tls._warn(said - timedelta(days=1)) != said
+    assert len(caplog.records) == 2
+
+
+def test_a_certificate_is_good_for_devices_whose_clocks_are_a_day_off(keys: Path) -> None:
+    for path in (keys / "authority.pem", keys / "server.pem", keys / "clients" / "shop-1.pem"):
+        made = x509.load_pem_x509_certificate(path.read_bytes())
+        now = datetime.now(UTC)
+        assert made.not_valid_before_utc < now - timedelta(days=1) < now + timedelta(days=1) < made.not_valid_after_utc
