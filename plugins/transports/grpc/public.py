@@ -79,7 +79,7 @@ class Public:
             started = time.monotonic()
             try:
                 return await answer(self._caller(), request)
-            except FedtowerError as error:
+            except (FedtowerError, OSError) as error:
                 return self._said(error, reply, call, context)
             finally:
                 self.intake.meters.answered(call, time.monotonic() - started)
@@ -94,7 +94,7 @@ class Public:
             try:
                 async for part in answer(self._caller(), request):
                     yield part
-            except FedtowerError as error:
+            except (FedtowerError, OSError) as error:
                 yield self._said(error, reply, call, context)
             finally:
                 self.intake.meters.answered(call, time.monotonic() - started)
@@ -107,17 +107,19 @@ class Public:
     def _caller(self) -> Caller:
         return Caller(caller().id, caller().client)
 
-    def _said(self, error: FedtowerError, reply: Any, call: str, context: Any) -> Any:
-        """The error as a reply; where the fault is here, the device is asked to come back."""
+    def _said(self, error: FedtowerError | OSError, reply: Any, call: str, context: Any) -> Any:
+        """The error as a reply; where the fault is here (a disk that is full, no more files to be opened), the device
+        is asked to come back.
+        """
         whose = {"device": caller().id, "client": caller().client, **about()}
         if isinstance(error, Refused):
             refused(self.intake, error, call=call, **whose)
             return reply(refusal=error.to_message())
         seconds = error.seconds if isinstance(error, Busy) else 5.0
         self.intake.said("not_now", call=call, **whose, message=str(error))
-        if isinstance(error, StorageError) and not isinstance(error, Busy):
+        if isinstance(error, StorageError | OSError) and not isinstance(error, Busy):
             self.intake.stumbled = time.monotonic()
-        if isinstance(error, StorageError) and "come_back" in reply.DESCRIPTOR.fields_by_name:
+        if isinstance(error, StorageError | OSError) and "come_back" in reply.DESCRIPTOR.fields_by_name:
             return reply(come_back=pb.ComeBack(seconds=seconds, reason="the server cannot store anything now"))
         context.set_code(grpc.StatusCode.UNAVAILABLE)
         context.set_details("the server cannot do that now; come back")

@@ -22,6 +22,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import numpy as np
+from google.protobuf.message import Message
 
 from fedtower.core.cohort import Cohort
 from fedtower.core.draws import Draws
@@ -167,6 +168,19 @@ def parts(lease: bytes, payload: bytes, send: bytes | None = None, **header: Any
             for start in range(first["offset"], len(data), step)
         ),
     ]
+
+
+def requests(lease: bytes, digest: bytes) -> dict[str, bytes]:
+    """A good request of every call that has one."""
+    made: dict[str, Message] = {
+        "Enrol": pb.EnrolRequest(protocol=1, code="0123456789abcdef.secret", device="a phone", attempt=b"a" * 16),
+        "CheckIn": pb.CheckInRequest(protocol=1, num_examples=9, capabilities=pb.Capabilities(formats=[".mnn"])),
+        "Heartbeat": pb.HeartbeatRequest(lease=lease, progress=0.5),
+        "Resume": pb.ResumeRequest(lease=lease, digest=bytes(32)),
+        "Fetch": pb.FetchRequest(lease=lease, digest=digest),
+        "FetchRows": pb.FetchRowsRequest(lease=lease, source="item", ids=to_tensor(np.arange(9, dtype=np.uint32))),
+    }
+    return {name: message.SerializeToString() for name, message in made.items()}
 
 
 async def each(items: Iterable[bytes]) -> AsyncIterator[bytes]:

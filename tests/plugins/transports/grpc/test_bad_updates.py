@@ -221,7 +221,7 @@ def test_bad_updates_of_every_kind_are_refused_and_change_no_bit_of_the_aggregat
     for each in said.values():
         refused.update({name: number for name, number in each.items() if name != "duplicate"})
     assert counted == {name.lower(): number for name, number in refused.items()}
-    assert Counter(line["reason"] for line in log if line["event"] == "refused") == refused
+    assert Counter(line["reason"].upper() for line in log if line["event"] == "refused") == refused
     assert uploads['duplicate="false",task="train"'] == 3 * HONEST
     assert uploads['duplicate="true",task="train"'] == count
     assert [(len(each.came), each.reasons) for each in (before, amid, honest)] == [(HONEST, [])] * 3

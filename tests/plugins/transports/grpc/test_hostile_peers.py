@@ -9,25 +9,22 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
-from google.protobuf.message import Message
 
 from fedtower.core.updates import Updates
 from fedtower.plugins.transports.grpc.bounds import CALL_BYTES
 from fedtower.plugins.transports.grpc.codec import encode_submission
 from fedtower.plugins.transports.grpc.refusals import Reason
-from fedtower.plugins.transports.grpc.tensors import to_tensor
 from fedtower.protos.v1 import federation_pb2 as pb
 from tests.plugins.transports.grpc.damage import damaged
-from tests.plugins.transports.grpc.raw import garbage, half_open
-from tests.plugins.transports.grpc.standing import REPLIES, Answer, Peer, Standing, each, parts, standing
+from tests.plugins.transports.grpc.raw import garbage, half_open, tcp
+from tests.plugins.transports.grpc.standing import REPLIES, Answer, Peer, Standing, each, parts, requests, standing
 
 MIB = 1 << 20
 HEALTHY, HOSTILE, OTHER = 4, 4, 5
@@ -58,19 +55,6 @@ async def healthy(at: Standing, number: int) -> None:
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(scenario, 280.0))
-
-
-def requests(lease: bytes, digest: bytes) -> dict[str, bytes]:
-    """A good request of every call that has one."""
-    made: dict[str, Message] = {
-        "Enrol": pb.EnrolRequest(protocol=1, code="0123456789abcdef.secret", device="a phone", attempt=b"a" * 16),
-        "CheckIn": pb.CheckInRequest(protocol=1, num_examples=9, capabilities=pb.Capabilities(formats=[".mnn"])),
-        "Heartbeat": pb.HeartbeatRequest(lease=lease, progress=0.5),
-        "Resume": pb.ResumeRequest(lease=lease, digest=bytes(32)),
-        "Fetch": pb.FetchRequest(lease=lease, digest=digest),
-        "FetchRows": pb.FetchRowsRequest(lease=lease, source="item", ids=to_tensor(np.arange(9, dtype=np.uint32))),
-    }
-    return {name: message.SerializeToString() for name, message in made.items()}
 
 
 async def malformed(at: Standing, peer: Peer, lease: pb.Lease, seed: int) -> Answer:
@@ -246,6 +230,29 @@ def test_a_thousand_half_open_connections_are_beside_the_healthy(tmp_path: Path,
             await asyncio.sleep(0.02)
         assert at.files() <= files + 10
         await healthy(at, 3)
+
+    with standing(tmp_path, 6, command=few) as at:
+        run(scenario(at))
+
+
+def test_an_intake_without_files_to_open_sends_devices_away_and_lives_on(tmp_path: Path) -> None:
+    """Of connections it may have no more, and nothing that it would have to open for a device."""
+    few = ["sh", "-c", 'ulimit -n 128; exec "$0" "$@"', sys.executable]
+
+    async def scenario(at: Standing) -> None:
+        async with at.round_beside(1, range(HEALTHY), HEALTHY), at.peer(0) as peer:
+            lease = await peer.lease(1)
+            with ExitStack() as lines:
+                for _ in range(300):
+                    lines.enter_context(tcp(at.port))
+                for _ in range(500):
+                    if at.files() == 128:
+                        break
+                    await asyncio.sleep(0.02)
+                answer = await peer.rows(lease)  # which are noted in a file
+                assert answer.reply.come_back.seconds > 0, answer
+            for client in range(HEALTHY):
+                assert (await at.visit(client, 1)).outcome == "acknowledged"
 
     with standing(tmp_path, 6, command=few) as at:
         run(scenario(at))
