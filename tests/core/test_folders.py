@@ -55,7 +55,7 @@ def test_one_that_cannot_be_made_is_refused_with_the_reason(why: str, tmp_path: 
 @pytest.mark.parametrize("why", IMPOSSIBLE)
 @pytest.mark.parametrize(
     "command",
-    [["certs", "{}", "--host", "localhost"], ["keygen", "{}"], ["run", "dssm-synthetic", "--runs", "{}"]],
+    [["certs", "{}", "--host", "localhost"], ["keygen", "{}"]],
     ids=lambda command: command[0],
 )
 def test_a_command_says_so_and_does_not_call_it_a_bug(

@@ -25,7 +25,7 @@ def main(order: dict[str, Any]) -> str:
     tls = DeviceTls(Path(order["authority"]))
     metadata = (("authorization", f"Bearer {order['token']}"),)
     with grpc.secure_channel(f"localhost:{order['port']}", tls.credentials()) as channel:
-        caller = Caller(channel, metadata, back_off=BackOff(0.05, 0.2, 3.0))
+        caller = Caller(channel, metadata, back_off=BackOff(0.05, 0.2, 1.5))
         leased = caller.check_in("a federation", pb.Capabilities(), b"", 9)
         assert isinstance(leased, Leased)
         rows = caller.rows(leased.lease, "item", np.array([1, 3]))

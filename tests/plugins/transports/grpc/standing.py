@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -213,6 +214,8 @@ class Standing:
     port: int
     metrics_port: int
     tokens: list[str]
+    numbers: Iterator[int] = field(default_factory=lambda: count(1))
+    """Of rounds that were not opened yet, for tests that share a federation."""
 
     @asynccontextmanager
     async def peer(self, client: int | None = 0, token: str | None = None) -> AsyncIterator[Peer]:

@@ -184,7 +184,7 @@ def test_a_device_whose_clock_is_far_off_is_told_that_it_is_the_clock(clock: Pat
             assert off == pytest.approx(days, abs=0.1)
             assert said.startswith("TrustError")
             assert words in said
-        assert visit(at, 0, clock, 0)[1] == "acknowledged"
+        assert asyncio.run(at.visit(0, 1)).outcome == "acknowledged"
 
 
 async def wait_for_window(at: Standing) -> None:
