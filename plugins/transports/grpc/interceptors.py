@@ -126,15 +126,19 @@ def network(peer: str) -> str:
 
     >>> network("ipv4:192.0.2.7:4711"), network("ipv6:%5B2001:db8::1:2:3:4%5D:4711"), network("unix:/run/table")
     ('ipv4:192.0.2.7', 'ipv6:2001:db8::/64', 'unix')
+    >>> network("ipv6:[::ffff:192.0.2.7]:4711"), network("ipv6:[fe80::1%25eth0]:4711")
+    ('ipv4:192.0.2.7', 'ipv6:fe80::/64')
     """
     kind, _, rest = unquote(peer).partition(":")
     if kind != "ipv6":
         return f"{kind}:{rest.rpartition(':')[0]}".rstrip(":")
-    host = rest.rpartition(":")[0].strip("[]").partition("%")[0]
     try:
-        return f"ipv6:{ipaddress.IPv6Network((host, 64), strict=False)}"
+        found = ipaddress.IPv6Address(rest.rpartition(":")[0].strip("[]").partition("%")[0])
     except ValueError:
         return peer
+    if found.ipv4_mapped is not None:
+        return f"ipv4:{found.ipv4_mapped}"
+    return f"ipv6:{ipaddress.IPv6Network((found, 64), strict=False)}"
 
 
 @dataclass(frozen=True)
