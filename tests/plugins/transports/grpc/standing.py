@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import count
 from pathlib import Path
 from threading import Thread
@@ -23,11 +24,14 @@ from typing import Any
 import grpc
 import grpc.aio
 import numpy as np
+import tomli_w
 from google.protobuf.message import Message
 
 from fedtower.core.cohort import Cohort
 from fedtower.core.draws import Draws
 from fedtower.core.plan import LocalSettings, Plan
+from fedtower.core.recipe import load_recipe
+from fedtower.core.registry import discover
 from fedtower.core.transport import Abandoned
 from fedtower.core.updates import Rows, Updates
 from fedtower.plugins.aggregators.fedavg import FedAvg
@@ -342,6 +346,9 @@ def standing(
     side = _side(folder, opened, signer, terms or Terms(600.0, 15.0, 600.0, 1.0))
     address = rows_address(folder)
     rows = serve_rows(LockedRows.of(Table()), address)
+    run = {"name": "a federation", "run": "run1", "keys": str(keys)}
+    (folder / "federation.json").write_text(json.dumps(run), encoding="utf-8")
+    (folder / "recipe.toml").write_text(tomli_w.dumps(_recipe()), encoding="utf-8")
     certificate = {"certificate": str(keys / "server.pem"), "key": str(keys / "server.key")}
     config: dict[str, Any] = {
         "folder": str(folder),
@@ -367,6 +374,12 @@ def standing(
         rows.stop(None)
         opened.close()
         credentials.close()
+
+
+@cache
+def _recipe() -> dict[str, Any]:
+    """A recipe as a run folder has one; what is trained here is not in it."""
+    return load_recipe("dssm-synthetic", registry=discover()).to_dict()
 
 
 def free_port() -> int:

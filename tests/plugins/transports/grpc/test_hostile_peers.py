@@ -209,9 +209,9 @@ def test_of_an_unauthenticated_peer_nothing_is_decoded_and_nothing_kept(tmp_path
                         Reason.UNKNOWN_DEVICE,
                         grpc.StatusCode.UNAUTHENTICATED,
                     ), name
+            assert at.refusals() == {"unknown_device": 3 * (len(REPLIES) - 1)}
+            assert not at.counted("fedtower_call_seconds_count")  # no handler was called
             assert (await strangers[0].call("Enrol", b"\xff" * 1_000)).reason is Reason.CORRUPT  # the one open door
-        assert at.refusals() == {"unknown_device": 3 * (len(REPLIES) - 1)}
-        assert not at.counted("fedtower_call_seconds_count")  # no handler was called
         await healthy(at)
 
     with standing(tmp_path, 6) as at:
