@@ -257,7 +257,7 @@ def test_a_run_folder_that_lacks_a_file_is_refused(run_copy: Path, refused: Refu
 def test_a_place_that_is_below_a_file_is_refused(run_root: Path, refused: Refused, options: Options) -> None:
     (run_root / "runs").write_text("", "utf-8")
     told = refused(6, "run", "dssm-synthetic", *options(), "--runs", "runs/mine")
-    assert "cannot write to runs/mine: a part of that path is a file; choose another folder" in told
+    assert "the folder runs/mine cannot be made: a part of that path is a file; choose another folder" in told
 
 
 @pytest.fixture

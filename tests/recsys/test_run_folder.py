@@ -128,7 +128,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, recipe: Recipe, r
 
 def test_a_place_below_a_file_is_refused(tmp_path: Path, recipe: Recipe, registry: Registry) -> None:
     (tmp_path / "file").write_text("", "utf-8")
-    with pytest.raises(StorageError, match=r"cannot write to .*file/runs: a part of that path is a file; choose"):
+    with pytest.raises(StorageError, match=r"the folder .*file/runs cannot be made: a part of that path is a file"):
         RunFolder.create(recipe, registry, tmp_path / "file" / "runs")
 
 
