@@ -49,6 +49,7 @@ from fedtower.plugins.transports.grpc.tensors import to_tensor
 from fedtower.plugins.transports.grpc.tls import DeviceTls, connect
 from fedtower.plugins.transports.grpc.transport import rows_address
 from fedtower.protos.v1 import federation_pb2 as pb
+from fedtower.recsys.process_log import logged
 
 PARAMETERS = {"w": np.zeros((20, 30), np.float32), "b": np.zeros(30, np.float32)}
 TABLE = np.arange(400, dtype=np.float32).reshape(100, 4)
@@ -293,8 +294,7 @@ class Standing:
 
     def log(self) -> list[dict[str, Any]]:
         """What the intake has logged, as it was written."""
-        lines = (self.folder / "intake.log").read_text(encoding="utf-8", errors="replace").splitlines()
-        return [json.loads(line) for line in lines if line.startswith("{")]
+        return [values for _, values in logged(self.folder)]
 
     def counted(self, name: str) -> dict[str, float]:
         """A counter as Prometheus reads it, by its labels as they are written."""
@@ -356,7 +356,7 @@ def standing(
         "journal": {"name": "sqlite", "settings": journal or {}},
         "transport": {"upload_mb": 64, **(transport or {})},
         "credentials": str(keys / "credentials.sqlite"),
-        "address": {"host": "127.0.0.1", "port": 0, "metrics_port": (metrics_port := free_port()), **certificate},
+        "address": {"host": "127.0.0.1", "port": 0, "status_port": (metrics_port := free_port()), **certificate},
         "rates": FAST if rates is None else rates,
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
