@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
@@ -21,6 +22,7 @@ from tests.plugins.transports.grpc.standing import Answer, Peer, Standing, stand
 
 HONEST, LATE, HOSTILE = 6, 6, 7  # clients 0 to 5 are honest; 6 comes a round late; 7 takes part and sends nothing good
 KINDS = 12
+UNHEARD = "refused at the moment in which more was sent, which gRPC's client takes for an error of its own"
 Draw = np.random.Generator
 
 
@@ -146,6 +148,8 @@ async def repeated(attack: Attack, kind: Attacker, count: int) -> Counter[str]:
         if answer.reason is not None:
             assert len(str(answer.refusal)) > 20  # the device is told in a sentence
             said[answer.reason.name] += 1
+        elif answer.status is grpc.StatusCode.CANCELLED:
+            said[UNHEARD] += 1
         else:
             assert answer.reply.acknowledged.duplicate, (kind.__name__, answer)
             said["duplicate"] += 1
@@ -213,15 +217,19 @@ def test_bad_updates_of_every_kind_are_refused_and_change_no_bit_of_the_aggregat
     expected |= {"conflicting": (Reason.CONFLICTING,), "late": (Reason.LATE,)}
     assert len(said) == KINDS == len(expected) + 1
     for name, reasons in expected.items():
-        assert set(said[name]) == {reason.name for reason in reasons}, name
+        assert set(said[name]) - {UNHEARD} == {reason.name for reason in reasons}, name
         assert said[name].total() == count
     assert said["duplicate"] == {"duplicate": count}
-    # Each refusal was counted, and logged with its reason and who it was.
+    # Each refusal was counted, and logged with its reason and who it was; of all that were heard it was the same one.
     refused = Counter[str]()
     for each in said.values():
         refused.update({name: number for name, number in each.items() if name != "duplicate"})
-    assert counted == {name.lower(): number for name, number in refused.items()}
-    assert Counter(line["reason"].upper() for line in log if line["event"] == "refused") == refused
+    unheard = refused.pop(UNHEARD, 0)
+    logged = Counter(line["reason"].upper() for line in log if line["event"] == "refused")
+    assert counted == {name.lower(): number for name, number in logged.items()}
+    assert refused <= logged
+    assert logged.total() == refused.total() + unheard
+    assert unheard < count / 20
     assert uploads['duplicate="false",task="train"'] == 3 * HONEST
     assert uploads['duplicate="true",task="train"'] == count
     assert [(len(each.came), each.reasons) for each in (before, amid, honest)] == [(HONEST, [])] * 3
