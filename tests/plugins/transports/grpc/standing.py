@@ -345,7 +345,7 @@ def standing(
     opened = SQLite(**(journal or {})).open(folder / "journal", "a federation")
     side = _side(folder, opened, signer, terms or Terms(600.0, 15.0, 600.0, 1.0))
     address = rows_address(folder)
-    rows = serve_rows(LockedRows.of(Table()), address)
+    rows = serve_rows(LockedRows.of(Table()), address, side.current)
     run = {"name": "a federation", "run": "run1", "keys": str(keys)}
     (folder / "federation.json").write_text(json.dumps(run), encoding="utf-8")
     (folder / "recipe.toml").write_text(tomli_w.dumps(_recipe()), encoding="utf-8")
