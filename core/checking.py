@@ -159,7 +159,7 @@ def _refusals(
         Reason.TOO_LARGE: too_large,
     }
     if settings.max_norm is not None:
-        refusals[Reason.NORM] = ~(_norm(block) <= settings.max_norm)
+        refusals[Reason.NORM] = ~(block.norms <= settings.max_norm)
     for table, part in strange.items():
         given = part.row_ids >= 0 if table not in leased else _given(part, leased[table].rows)
         for reason, entries in ((Reason.ROW_REPEATED, _repeated(part)), (Reason.ROW_NOT_LEASED, ~given)):
@@ -211,17 +211,6 @@ def _largest(values: NDArray[np.float32]) -> FloatArray:
 
 def _nan_first(value: float) -> float:
     return np.inf if np.isnan(value) else value
-
-
-def _norm(block: Updates) -> FloatArray:
-    """The Euclidean norm of everything that each client sends, (C,)."""
-    squares = np.zeros(len(block))
-    for delta in block.dense.values():
-        squares += np.square(delta.reshape(len(block), -1), dtype=np.float64).sum(axis=1)
-    for part in block.rows.values():
-        flat = np.square(part.row_deltas.reshape(len(part.row_deltas), -1), dtype=np.float64)
-        squares += np.bincount(part.owners, weights=flat.sum(axis=1), minlength=len(block))
-    return np.sqrt(squares)
 
 
 def _owners_of(part: Rows, entries: Mask) -> Mask:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -131,6 +131,29 @@ class Updates:
         return int(self.sizes.sum())
 
     @property
+    def norms(self) -> WeightArray:
+        """The Euclidean norm of everything that each client sends, dense parameters and rows as one vector, (C,)."""
+        squares = np.zeros(len(self))
+        for delta in self.dense.values():
+            squares += np.square(flat(delta), dtype=np.float64).sum(axis=1)
+        for part in self.rows.values():
+            each = np.square(flat(part.row_deltas), dtype=np.float64).sum(axis=1)
+            squares += np.bincount(part.owners, weights=each, minlength=len(self))
+        return np.sqrt(squares)
+
+    def scaled(self, factors: WeightArray, row_factors: WeightArray | None = None) -> Updates:
+        """Each client's deltas times its factor, ``factors`` (C,), in double precision and then rounded once; its rows
+        times that in ``row_factors`` (C,), if they have factors of their own.
+        """
+        of_rows = factors if row_factors is None else row_factors
+        dense = {name: _times(delta, factors) for name, delta in self.dense.items()}
+        rows = {
+            table: replace(part, row_deltas=_times(part.row_deltas, of_rows[part.owners]))
+            for table, part in self.rows.items()
+        }
+        return replace(self, dense=dense, rows=rows)
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """What each client of the block sends: the shape of each delta by name, of one row by ``rows of TABLE``, and of
         what an encoded delta will be by ``NAME in CODEC``.
@@ -220,6 +243,16 @@ def refuse_other_shapes(block: Updates, shapes: Mapping[str, tuple[int, ...]]) -
 
 def _shapes_in_words(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{name!r} with shape {shape}" for name, shape in sorted(shapes.items())) or "nothing"
+
+
+def flat(deltas: FloatArray) -> FloatArray:
+    """``deltas`` (n, *shape) as vectors, (n, P), also where n is 0."""
+    return deltas.reshape(len(deltas), int(np.prod(deltas.shape[1:])))
+
+
+def _times(deltas: FloatArray, factors: WeightArray) -> FloatArray:
+    """``deltas`` (n, ...) times ``factors`` (n,)."""
+    return (deltas * factors.reshape(-1, *([1] * (deltas.ndim - 1)))).astype(np.float32)
 
 
 def _stack_rows(parts: list[Rows]) -> Rows:

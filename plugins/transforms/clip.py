@@ -44,34 +44,18 @@ class Clip:
         return {}
 
     def on_client(self, updates: Updates, state: States, draws: Draws) -> tuple[Updates, States]:
-        squared = np.zeros(len(updates))
-        for delta in updates.dense.values():
-            squared += np.square(delta.astype(np.float64)).sum(axis=tuple(range(1, delta.ndim)))
-        for part in updates.rows.values():
-            lengths = np.square(part.row_deltas.astype(np.float64)).sum(axis=1)
-            squared += np.bincount(part.owners, weights=lengths, minlength=len(updates))
-        length = np.sqrt(squared)
+        length = updates.norms
         long = np.isfinite(length) & (length > self.norm)
         factor = np.ones(len(updates))
         factor[long] = self.norm / length[long] * ROUNDING
-        dense = {name: _times(delta, factor) for name, delta in updates.dense.items()}
-        rows = {
-            table: replace(part, row_deltas=_times(part.row_deltas, factor[part.owners]))
-            for table, part in updates.rows.items()
-        }
         metrics = {**updates.metrics, "clipped": long.astype(np.float64)}
-        return replace(updates, dense=dense, rows=rows, metrics=metrics), state
+        return replace(updates.scaled(factor), metrics=metrics), state
 
     def decode(self, block: Updates) -> Updates:
         return block
 
     def finish(self, total: Updates, cohort: Cohort) -> Updates:
         return total
-
-
-def _times(deltas: NDArray[np.float32], factor: NDArray[np.float64]) -> NDArray[np.float32]:
-    """``deltas`` (n, ...) times ``factor`` (n,), in double precision and then rounded once."""
-    return (deltas * factor.reshape(-1, *([1] * (deltas.ndim - 1)))).astype(np.float32)
 
 
 @hookimpl
