@@ -87,7 +87,8 @@ def as_updates(
     rows: Mapping[str, FloatArray],
     losses: NDArray[np.float64],
 ) -> Updates:
-    """The updates of a block from what its parameters and rows have become: new minus old, weighed by examples.
+    """The updates of a block from what its parameters and rows have become: new minus old, weighed by examples, with
+    the metrics ``loss`` and ``steps``, how many each client took.
 
     Shape:
         ``parameters[name]`` (C, *shape), ``rows[source]`` (R, D), ``losses`` (C,)
@@ -102,5 +103,5 @@ def as_updates(
         },
         clients=work.clients,
         rounds=np.full(len(work), plan.round, dtype=np.int64),
-        metrics={"loss": losses},
+        metrics={"loss": losses, "steps": work.steps.astype(np.float64)},
     )

@@ -62,7 +62,10 @@ def updates(clients: int = 7, *, rows: bool = True, round: int = 1, seed: int = 
         rows={"item": _rows(draws, clients)} if rows else {},
         clients=ids,
         rounds=np.full(clients, round, dtype=np.int64),
-        metrics={"loss": draws.uniform("loss", ids)},
+        metrics={
+            "loss": draws.uniform("loss", ids),
+            "steps": 1.0 + draws.integers(4, "steps", ids).astype(np.float64),
+        },
     )
 
 

@@ -1010,7 +1010,7 @@ def test_a_metric_that_only_some_clients_send_is_their_mean() -> None:
             return replace(updates, metrics={**updates.metrics, **extra}), states
 
     report = outcome(parts(0, 1, plugin=Extra(), transport=InProcess(block=1)))[2]
-    assert report.metrics == {"depth": 3.0}
+    assert report.metrics == {"steps": 1.0, "depth": 3.0}
     assert report.loss == pytest.approx(LOSS_1, rel=1e-6)
 
 

@@ -229,7 +229,7 @@ class Result:
             rows={name: Rows(work.row_ids[name].offsets, work.row_ids[name].ids, d) for name, d in self.rows.items()},
             clients=work.clients,
             rounds=np.full(len(work), plan.round, dtype=np.int64),
-            metrics={"loss": self.losses},
+            metrics={"loss": self.losses, "steps": work.steps.astype(np.float64)},
         )
 
 
