@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedtower.core.errors import UpdateError
+from fedtower.core.plan import Plan
 from fedtower.core.updates import Rows, Updates, refuse_other_shapes
 
 IntArray = NDArray[np.int64]
@@ -27,6 +28,24 @@ class Aggregator(Protocol):
 
     def fold(self, blocks: Iterable[Updates], state: State) -> tuple[Updates, State]:
         """The total of ``blocks`` and the aggregator's next state. Raises UpdateError when there is nothing to fold."""
+        ...
+
+
+@runtime_checkable
+class Instructed(Protocol):
+    """An aggregator that has to know what the cohort was asked to do."""
+
+    def instructed(self, plan: Plan) -> Aggregator:
+        """What folds the updates that answer this plan. Raises RecipeError for a plan that it has no rule for."""
+        ...
+
+
+@runtime_checkable
+class Rooted(Protocol):
+    """An aggregator that judges updates by one that the server made itself, from public data of its own."""
+
+    def rooted(self, root: Updates) -> Aggregator:
+        """What folds updates of the round in which the server made ``root``, a block of one client."""
         ...
 
 
@@ -53,18 +72,7 @@ class GridSum:
         """Take in a block, each client times its weight in ``weights`` (C,), which need not be the block's own."""
         if not len(block):
             return
-        if block.encoded:
-            raise UpdateError(
-                f"{block.who()} sent {sorted(block.encoded)} encoded, and no transform's decode gave them back; the "
-                f"transform that encodes must be in the recipe of the server too"
-            )
-        for given in (block.weights, weights):
-            unfit = ~np.isfinite(given) | (given < 0)
-            if np.any(unfit):
-                raise UpdateError(
-                    f"weights must be finite and not negative, but those of {block.who(unfit)} are "
-                    f"{given[unfit][:8].tolist()}; refuse them before they are folded (a plugin's accept_update)"
-                )
+        refuse_unfit(block, weights)
         self._shapes = block.shapes if self._shapes is None else self._shapes
         refuse_other_shapes(block, self._shapes)
 
@@ -78,7 +86,7 @@ class GridSum:
             self._dense[name] = self._dense[name] + total if name in self._dense else total
         for table, rows in block.rows.items():
             owners = rows.owners
-            _refuse_repeated_rows(table, rows, owners, block)
+            refuse_repeated_rows(table, rows, owners, block)
             sums = self._integers(f"rows of {table}", rows.row_deltas, scale[owners], owners, block)
             self._add_rows(table, rows.row_ids, sums, counted[owners])
 
@@ -143,7 +151,23 @@ class GridSum:
         self._rows[table] = (distinct, sums, weights)
 
 
-def _refuse_repeated_rows(table: str, rows: Rows, owners: IntArray, block: Updates) -> None:
+def refuse_unfit(block: Updates, weights: NDArray[np.float64]) -> None:
+    """Raise UpdateError for a block that is still encoded, or weights, its own or ``weights`` (C,), that are none."""
+    if block.encoded:
+        raise UpdateError(
+            f"{block.who()} sent {sorted(block.encoded)} encoded, and no transform's decode gave them back; the "
+            f"transform that encodes must be in the recipe of the server too"
+        )
+    for given in (block.weights, weights):
+        unfit = ~np.isfinite(given) | (given < 0)
+        if np.any(unfit):
+            raise UpdateError(
+                f"weights must be finite and not negative, but those of {block.who(unfit)} are "
+                f"{given[unfit][:8].tolist()}; refuse them before they are folded (a plugin's accept_update)"
+            )
+
+
+def refuse_repeated_rows(table: str, rows: Rows, owners: IntArray, block: Updates) -> None:
     """Raise UpdateError for a client that sends a row twice: it would count twice in the row's mean."""
     if np.all((rows.row_ids[1:] > rows.row_ids[:-1]) | (owners[1:] > owners[:-1])):
         return  # sorted within each client, as runtimes leave them

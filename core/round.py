@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtower.core.accounting import Accountant
-from fedtower.core.aggregation import Aggregator
+from fedtower.core.aggregation import Aggregator, Instructed, Rooted
 from fedtower.core.checking import WORDS, CheckSettings, Reason
 from fedtower.core.client import ClientSide
 from fedtower.core.cohort import Cohort, Sampler
@@ -61,6 +61,7 @@ class Parts:
     deadline: Deadline | None = None
     target: int | None = None
     asynchronous: AsynchronousSettings | None = None
+    root: Callable[[Plan], Updates] | None = None  # what the server makes of a plan itself, from public data
 
 
 def run_rounds(
@@ -127,8 +128,9 @@ def run_round(state: ServerState, parts: Parts) -> tuple[ServerState, RoundRepor
     reception = Reception(plan, cohort, parts.transforms, parts.checks, parts.client, parts.hooks, tally, target)
     blocks = tally.count(reception.accepted(listening.noted(arriving)))
 
+    aggregator = aggregator_of(plan, parts)
     try:
-        total, memory = parts.hooks.wrap("aggregate", lambda: fold(parts.aggregator, blocks, state), round=plan.round)
+        total, memory = parts.hooks.wrap("aggregate", lambda: fold(aggregator, blocks, state), round=plan.round)
     except Abandoned as reason:
         parts.hooks.observe("warned", message=f"round {plan.round} was abandoned: {reason}")
         total, memory, tally = None, state.aggregator, Tally(cohort)
@@ -222,6 +224,17 @@ def choose(round: int, parts: Parts) -> Cohort:
 def make_plan(state: ServerState, parts: Parts) -> Plan:
     """What the cohort of the next round is sent."""
     return Plan(state.round + 1, state.parameters, parts.local, train_rows=parts.rows.train == "device_updates")
+
+
+def aggregator_of(plan: Plan, parts: Parts) -> Aggregator:
+    """The aggregator, told of the plan and of the server's own update where it asks for them."""
+    aggregator = parts.aggregator
+    if isinstance(aggregator, Instructed):
+        aggregator = aggregator.instructed(plan)
+    if isinstance(aggregator, Rooted):
+        assert parts.root is not None  # a run without public data was refused before its first round
+        aggregator = aggregator.rooted(parts.root(plan))
+    return aggregator
 
 
 def fold(

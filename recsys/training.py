@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedtower.core.asynchronous import run_async
+from fedtower.core.aggregation import Aggregator, Instructed, Rooted
 from fedtower.core.checkpoint import Attachments, grouped
 from fedtower.core.client import ClientSide, Preparing, VisitCosts
 from fedtower.core.draws import Draws
@@ -21,6 +22,7 @@ from fedtower.core.hooks import Hooks
 from fedtower.core.recipe import Recipe
 from fedtower.core.registry import Registry
 from fedtower.core.round import Parts, RoundReport, make_plan, run_rounds
+from fedtower.core.runtime import Runtime
 from fedtower.core.server import Schedule, ServerState
 from fedtower.core.store import ClientStore
 from fedtower.core.transport import OwnTime, Simulates
@@ -29,6 +31,7 @@ from fedtower.recsys.learned import Learned
 from fedtower.recsys.models import Declared
 from fedtower.recsys.processes import ALONE, Processes
 from fedtower.recsys.public_rows import PublicRows
+from fedtower.recsys.root_update import RootUpdate
 from fedtower.recsys.tables import CloudTables
 from fedtower.recsys.tasks import Task
 
@@ -183,6 +186,7 @@ class Federated:
         optimizer = make("server_optimizer", recipe.server.part, path="server")
         runtime = make("runtime", recipe.runtime, path="runtime").open(self._model.declared, recipe.local)
         data = setting.task.client_data()
+        aggregator = make("aggregator", recipe.aggregator, path="aggregator")
         client = ClientSide(
             data=runtime.prepares(data) if isinstance(runtime, Preparing) else data,
             runtime=runtime,
@@ -204,7 +208,7 @@ class Federated:
             transport=transport,
             client=client,
             transforms=transforms,
-            aggregator=make("aggregator", recipe.aggregator, path="aggregator"),
+            aggregator=aggregator,
             optimizer=optimizer,
             store=self._model.tables,
             local=recipe.local,
@@ -219,10 +223,14 @@ class Federated:
             deadline=None if recipe.deadline is None else make("deadline", recipe.deadline, path="deadline"),
             target=recipe.cohort.target,
             asynchronous=recipe.asynchronous,
+            root=_root_of(setting, self._model, aggregator, runtime),
         )
         parameters = self._model.declared.parameters()
         self._state = ServerState(0, parameters, optimizer.init(parameters))
-        client.declare(make_plan(self._state, self._parts))
+        plan = make_plan(self._state, self._parts)
+        client.declare(plan)
+        if isinstance(aggregator, Instructed):
+            aggregator.instructed(plan)  # what it has no rule for is told before anything is trained
 
     def rounds(self) -> Iterator[RoundReport]:
         """Train, one round an item; before the first one, as much on public data as the recipe says."""
@@ -306,6 +314,19 @@ def _public_rows(setting: Setting, model: Assembled) -> PublicRows | None:
             f'torchrun out, or set rows.train = "device_updates" and no rows.public.warmup'
         )
     return PublicRows(task, model.declared, model.tables, setting.recipe.local, rows.public)
+
+
+def _root_of(setting: Setting, model: Assembled, aggregator: Aggregator, runtime: Runtime) -> RootUpdate | None:
+    """What makes the server's own update, where the aggregator compares with one."""
+    if not isinstance(aggregator, Rooted):
+        return None
+    if setting.task.public is None:
+        raise RecipeError(
+            f"the aggregator {setting.recipe.aggregator.name!r} compares updates with one that the cloud makes from "
+            f"public data of its own: say with rows.public.share, such as 0.1, how many of the users are set apart "
+            f"for it"
+        )
+    return RootUpdate(setting.task.public, model.declared, model.tables, runtime)
 
 
 def shared_parameters(arrays: Arrays, like: Mapping[str, FloatArray]) -> dict[str, FloatArray]:

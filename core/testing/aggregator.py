@@ -6,21 +6,27 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedtower.core.aggregation import Aggregator
+from fedtower.core.aggregation import Aggregator, Instructed, Rooted
 from fedtower.core.errors import RowsNotSupported, UpdateError
 from fedtower.core.testing import examples
-from fedtower.core.testing.promises import Promises, Untouched, assert_close, assert_same_bits
+from fedtower.core.testing.promises import Promises, Untouched, assert_close, assert_same_bits, not_promised
 from fedtower.core.updates import Updates, stack
 
 
 class AggregatorPromises(Promises):
-    """``make`` gives an aggregator. One that cannot fold rows raises ``RowsNotSupported`` and is tested without."""
+    """``make`` gives an aggregator. One that cannot fold rows raises ``RowsNotSupported`` and is tested without.
+
+    ``shortens`` is true of one that shortens what is longer than a bound of its own: who is alone, or agrees with
+    everybody, is then not returned as she is.
+    """
+
+    shortens: ClassVar[bool] = False
 
     @pytest.fixture
     def cohort(self) -> Updates:
@@ -37,11 +43,19 @@ class AggregatorPromises(Promises):
         """That cohort, and one whose large deltas cancel, where a sum of floats shows its order."""
         return cohort if request.param == "ordinary" else examples.cancelling(rows=bool(cohort.rows))
 
-    def fold(self, *blocks: Updates) -> Updates:
-        """The total of a first round."""
-        aggregator: Aggregator = self.made()
-        total, _ = aggregator.fold(iter(blocks), {})
+    def fold(self, *blocks: Updates, root: Updates | None = None) -> Updates:
+        """The total of a first round; ``root`` is what the server itself makes of the plan, for who asks for it."""
+        total, _ = self.briefed(root).fold(iter(blocks), {})
         return total
+
+    def briefed(self, root: Updates | None = None) -> Aggregator:
+        """The aggregator, told what a round tells it."""
+        aggregator: Aggregator = self.made()
+        if isinstance(aggregator, Instructed):
+            aggregator = aggregator.instructed(examples.plan())
+        if isinstance(aggregator, Rooted):
+            aggregator = aggregator.rooted(examples.updates(1, seed=9) if root is None else root)
+        return aggregator
 
     def test_a_total_is_one_update(self, cohort: Updates) -> None:
         total = self.fold(cohort)
@@ -76,13 +90,16 @@ class AggregatorPromises(Promises):
         assert_same_bits(self.fold(*blocks), self.fold(any_cohort))
 
     def test_a_single_client_is_returned_as_it_is(self, cohort: Updates) -> None:
+        self.unless_it_shortens()
         alone = cohort.slice(2, 3)
-        _assert_says(self.fold(alone), alone)
+        _assert_says(self.fold(alone, root=alone), alone)
 
     def test_clients_that_agree_get_what_they_agree_on(self, cohort: Updates) -> None:
+        self.unless_it_shortens()
         one = cohort.slice(4, 5)
         ids = np.arange(5, dtype=np.int64)
-        _assert_says(self.fold(replace(stack([one] * 5), clients=ids, weights=np.arange(1.0, 6.0))), one)
+        agreeing = replace(stack([one] * 5), clients=ids, weights=np.arange(1.0, 6.0))
+        _assert_says(self.fold(agreeing, root=one), one)
 
     def test_the_unit_of_weights_does_not_matter(self, cohort: Updates) -> None:
         one, other = self.fold(cohort), self.fold(replace(cohort, weights=cohort.weights * 4))
@@ -103,6 +120,35 @@ class AggregatorPromises(Promises):
         assert all(np.all(np.isfinite(delta)) for delta in total.dense.values())
         assert all(np.all(np.isfinite(rows.row_deltas)) for rows in total.rows.values())
 
+    def test_order_and_width_change_no_bit_of_any_cohort(self, cohort: Updates) -> None:
+        from fedtower.core.testing.laws import order_and_width_change_no_bit
+
+        order_and_width_change_no_bit(self.fold, rows=bool(cohort.rows))
+
+    def test_a_scale_is_followed(self, cohort: Updates) -> None:
+        from fedtower.core.testing.laws import a_scale_is_followed
+
+        self.unless_it_shortens()
+        a_scale_is_followed(self.fold, rows=bool(cohort.rows))
+
+    def test_whoever_is_alone_is_returned_as_it_is(self, cohort: Updates) -> None:
+        from fedtower.core.testing.laws import one_client_is_returned
+
+        self.unless_it_shortens()
+        one_client_is_returned(self.fold, rows=bool(cohort.rows))
+
+    def test_a_row_is_folded_as_a_parameter_is(self, cohort: Updates) -> None:
+        from fedtower.core.testing.laws import a_row_is_folded_as_a_parameter_is
+
+        if not cohort.rows:
+            not_promised("it folds no rows")
+        a_row_is_folded_as_a_parameter_is(self.fold)
+
+    def unless_it_shortens(self) -> None:
+        """End a test of what an aggregator that shortens updates does not promise."""
+        if self.shortens:
+            not_promised("it shortens what is longer than its bound")
+
     def test_nothing_to_fold_is_refused(self) -> None:
         with pytest.raises(UpdateError):
             self.fold()
@@ -113,12 +159,12 @@ class AggregatorPromises(Promises):
         assert_same_bits(self.fold(cohort), once)
 
     def test_a_state_can_be_kept_and_goes_on_alike(self, cohort: Updates) -> None:
-        aggregator: Aggregator = self.made()
+        aggregator = self.briefed()
         _, state = aggregator.fold(iter([cohort]), {})
         kept = _stored(state)
         with Untouched(state):
             following = aggregator.fold(iter([examples.updates(5, rows=bool(cohort.rows), seed=2)]), state)
-        again = self.made().fold(iter([examples.updates(5, rows=bool(cohort.rows), seed=2)]), kept)
+        again = self.briefed().fold(iter([examples.updates(5, rows=bool(cohort.rows), seed=2)]), kept)
         assert_same_bits(again, following)
 
 

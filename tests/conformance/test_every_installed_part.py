@@ -10,7 +10,7 @@ from fedtower.core.testing.offered import promises_of
 REGISTRY = discover()
 
 HOW_MANY = {
-    "aggregator": 1,
+    "aggregator": 8,
     "command": 19,
     "dataset": 6,
     "deadline": 2,
@@ -21,7 +21,7 @@ HOW_MANY = {
     "recipe": 8,
     "runtime": 4,
     "sampler": 2,
-    "server_optimizer": 2,
+    "server_optimizer": 5,
     "signer": 1,
     "suite": 3,
     "tracker": 3,

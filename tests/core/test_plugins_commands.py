@@ -121,7 +121,7 @@ def test_check_says_which_promises_are_kept(project: Path, capsys: pytest.Captur
     said = capsys.readouterr().out
     assert "kept    a single client is returned as it is\n" in said
     assert "BROKEN" not in said
-    assert said.splitlines()[-1] == "aggregator my_mean: 23 of 23 promises kept"
+    assert said.splitlines()[-1] == "aggregator my_mean: 27 of 27 promises kept"
 
 
 def test_check_fails_when_a_promise_is_broken(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +134,7 @@ def test_check_fails_when_a_promise_is_broken(project: Path, capsys: pytest.Capt
 def test_check_of_a_plugin_checks_its_parts_and_its_hooks(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["plugins", "check", "fedtower_plugins.py"]) == 4
     last = [line for line in capsys.readouterr().out.splitlines() if "promises kept" in line]
-    assert last[0].startswith("aggregator my_mean: 23 of 23")
+    assert last[0].startswith("aggregator my_mean: 27 of 27")
     assert last[-1] == "hooks of fedtower_plugins.py: 7 of 7 promises kept"
 
 

@@ -125,9 +125,73 @@ MUTANTS = {
                 return replace(total, dense={n: d * total.weights[0].astype(np.float32)
                     for n, d in total.dense.items()}), state
         """,
-        {"a_single_client_is_returned_as_it_is", "the_unit_of_weights_does_not_matter"},
+        {
+            "a_single_client_is_returned_as_it_is",
+            "the_unit_of_weights_does_not_matter",
+            "whoever_is_alone_is_returned_as_it_is",
+        },
+    ),
+    "Unsorted(AggregatorPromises)": (
+        # Right for deltas of the size that the other tests have.
+        """
+        class make(FedAvg):
+            def fold(self, blocks, state):
+                blocks = [block for block in blocks if len(block)]
+                total, state = super().fold(blocks, state)
+                last = float(blocks[-1].dense["scale"][-1])
+                drift = np.float32(1e-7 * last if abs(last) > 300 else 0)
+                return replace(total, dense={n: d * (1 + drift) for n, d in total.dense.items()}), state
+        """,
+        {"order_and_width_change_no_bit_of_any_cohort"},
+    ),
+    "Saturating(AggregatorPromises)": (
+        """
+        class make(FedAvg):
+            def fold(self, blocks, state):
+                total, state = super().fold(blocks, state)
+                return replace(total, dense={n: np.clip(d, -5, 5) for n, d in total.dense.items()}), state
+        """,
+        {"a_scale_is_followed", "whoever_is_alone_is_returned_as_it_is"},
+    ),
+    "Prejudiced(AggregatorPromises)": (
+        """
+        class make(FedAvg):
+            def fold(self, blocks, state):
+                total, state = super().fold(blocks, state)
+                rows = {t: replace(p, row_deltas=np.sign(p.row_deltas) * np.abs(p.row_deltas).astype(np.float32) ** 2)
+                    for t, p in total.rows.items()}
+                return replace(total, rows=rows), state
+        """,
+        {"a_row_is_folded_as_a_parameter_is"},
     ),
     # server optimiser
+    "Rateless(ServerOptimizerPromises)": (
+        """
+        class make(Adam):
+            def update(self, parameters, delta, state, lr):
+                return super().update(parameters, delta, state, np.sqrt(lr))
+        """,
+        {"twice_the_rate_is_twice_the_step"},
+    ),
+    "Alphabetical(ServerOptimizerPromises)": (
+        """
+        class make(Adam):
+            def update(self, parameters, delta, state, lr):
+                first = next(iter(parameters))
+                return super().update(parameters, {**delta, first: 2 * delta[first]}, state, lr)
+        """,
+        {"the_order_of_names_changes_no_bit"},
+    ),
+    "Dividing(ServerOptimizerPromises)": (
+        """
+        class make(Adam):
+            def update(self, parameters, delta, state, lr):
+                moved = {n: np.asarray(p + lr * d / np.sqrt(np.abs(d)), np.float32) for (n, p), d in
+                    zip(parameters.items(), delta.values())}
+                return moved, state
+        """,
+        {"every_step_is_finite"},
+    ),
     "Uphill(ServerOptimizerPromises)": (
         """
         class make(Adam):

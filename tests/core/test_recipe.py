@@ -52,7 +52,7 @@ def test_it_survives_a_round_trip_through_toml() -> None:
 
 def test_loading_writes_out_the_settings_of_every_part(tmp_path: Path, registry: Registry) -> None:
     recipe = load_recipe(written(tmp_path), registry=registry)
-    assert recipe.server.part.settings == {"beta1": 0.8, "beta2": 0.99, "eps": 1e-8}
+    assert recipe.server.part.settings == {"beta1": 0.8, "beta2": 0.99, "eps": 1e-8, "correction": True}
     assert recipe.data.part.settings["users"] == 100
     assert set(recipe.data.part.settings) > {"users", "items"}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,9 +51,24 @@ def test_the_first_step_is_the_rate_whatever_the_size_of_the_delta() -> None:
     np.testing.assert_allclose(moved["w"], [0.01, -0.01, 0.01], rtol=1e-4)
 
 
+def test_without_correction_it_steps_as_the_paper_says() -> None:
+    beta1, beta2, tau, lr = 0.9, 0.99, 1e-3, 0.1
+    x, m, v = 1.0, 0.0, tau**2
+    optimizer, ours = Adam(beta1, beta2, tau, correction=False), {"w": np.ones(1, dtype=np.float32)}
+    state = optimizer.init(ours)
+    for delta in (2.0, -0.01, 0.5, 3.0, 0.02, 0.0):
+        m = beta1 * m + (1 - beta1) * delta
+        v = beta2 * v + (1 - beta2) * delta**2
+        x += lr * m / (math.sqrt(v) + tau)
+        moved, state = optimizer.update(ours, {"w": np.array([delta], dtype=np.float32)}, state, lr=lr)
+        ours = dict(moved)
+        assert float(ours["w"][0]) == pytest.approx(x, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("beta1", 1.0), ("beta1", -0.1), ("beta2", 1.0), ("beta2", -0.1), ("eps", 0.0)]
 )
 def test_settings_out_of_range_are_refused(name: str, value: float) -> None:
+    settings: dict[str, Any] = {name: value}
     with pytest.raises(RecipeError, match=f"server.{name} must be"):
-        Adam(**{name: value})
+        Adam(**settings)
