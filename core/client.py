@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtower.core.checking import Leased
+from fedtower.core.control import corrected
 from fedtower.core.draws import Draws
 from fedtower.core.hooks import Hooks
 from fedtower.core.plan import Plan
@@ -101,6 +102,8 @@ class ClientSide:
         updates, states = self.hooks.wrap(
             "client_train", lambda: self.runtime.train(plan, work), plan=plan, clients=clients
         )
+        if plan.local.control:
+            updates, states = corrected(plan, work.states, updates, states)
         kept: Sequence[States] = [
             {name: self.store.read(f"transforms.{position}.{name}", clients) for name in transform.state(plan)}
             for position, transform in enumerate(self.transforms)

@@ -35,6 +35,9 @@ class LocalSettings:
     beta2: float = field(default=0.999, metadata={"help": "adam: decay of the second moment"})
     eps: float = field(default=1e-8, metadata={"help": "adam, adagrad: added to the root"})
     proximal: float = field(default=0.0, metadata={"help": "FedProx's mu: the pull back to where the visit started"})
+    control: bool = field(
+        default=False, metadata={"help": "SCAFFOLD: correct each step of the towers by control variates; sgd alone"}
+    )
     frozen: tuple[str, ...] = field(default=(), metadata={"help": "parameters of the tower that are not trained"})
     lr: float = field(default=1.0, metadata={"help": "learning rate of the towers on the device"})
     row_lr: float | None = field(
@@ -60,6 +63,14 @@ class LocalSettings:
             raise RecipeError(f"local.share must be above 0 and at most 1, not {self.share}")
         if self.share < 1.0 and self.epochs is None:
             raise RecipeError("local.share is the share of an epoch: it needs local.epochs, and not local.steps")
+        if self.proximal < 0:
+            raise RecipeError(f"local.proximal must be at least 0, not {self.proximal}: it pulls back")
+        if self.control and (self.optimizer != "sgd" or self.proximal or not self.lr > 0):
+            raise RecipeError(
+                f"local.control tells a client's mean gradient from how far it went by plain descent, and cannot with "
+                f"local.optimizer = {self.optimizer!r}, local.proximal = {self.proximal} and local.lr = {self.lr}; set "
+                f"local.optimizer = 'sgd', local.proximal = 0 and a positive rate, or leave local.control out"
+            )
         if self.negatives < 1 and self.loss != "in_batch_softmax":
             raise RecipeError(
                 f"local.negatives must be at least 1 for the loss {self.loss!r}: positives alone teach nothing"

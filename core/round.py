@@ -136,6 +136,24 @@ def run_round(state: ServerState, parts: Parts) -> tuple[ServerState, RoundRepor
         total, memory, tally = None, state.aggregator, Tally(cohort)
     parts.client.discard()  # of those who were late
     state = moved(state, total, memory, tally.survivors(), parts)
+    state = account(state, tally.survivors(), parts)
+    if total is None:
+        state = replace(state, round=plan.round)
+    else:
+        total = finish(parts.transforms, total, tally.survivors())
+        state = replace(state, aggregator=memory)
+        lr_scale = parts.schedule(plan.round)
+        state = step(
+            state,
+            total,
+            parts.optimizer,
+            parts.store,
+            lr=parts.lr,
+            lr_scale=lr_scale,
+            rows=parts.rows,
+            public=parts.public,
+            share=len(tally.survivors()) / parts.population,
+        )
 
     seconds = parts.clock() - started
     spent = None

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtower.core.control import moved, without_variates
 from fedtower.core.errors import ShapeMismatch
 from fedtower.core.plan import RowSettings
 from fedtower.core.rows import RowStore
@@ -83,9 +84,10 @@ def step(
     lr_scale: float,
     rows: RowSettings,
     public: PublicTraining | None = None,
+    share: float = 1.0,
 ) -> ServerState:
     """The state after one round: the optimiser moves the shared parameters, the store its rows; ``public`` moves them
-    in its stead where ``rows.train`` says so.
+    in its stead where ``rows.train`` says so. ``share`` of all clients counted, which is how far control variates go.
     """
     delta = {name: value[0] for name, value in total.dense.items()}
     for name, parameter in state.parameters.items():
@@ -94,7 +96,9 @@ def step(
             raise ShapeMismatch(
                 f"the total of round {state.round + 1} must hold {name!r} with shape {parameter.shape}, not {got}"
             )
-    parameters, memory = optimizer.update(state.parameters, delta, state.optimizer, lr * lr_scale)
+    trained, memory = optimizer.update(without_variates(state.parameters), delta, state.optimizer, lr * lr_scale)
+    after = {**trained, **moved(state.parameters, delta, share)}
+    parameters = {name: after[name] for name in state.parameters}
     if store is not None and total.rows and rows.train == "device_updates":
         weight = float(total.weights[0])
         store.apply(

@@ -32,7 +32,10 @@ FloatArray = NDArray[np.float32]
 
 _MOST_MANIFEST_BYTES = 4 << 20
 _MOST_FILE_BYTES = 1 << 30
-_BAKED = ("batch_size", "optimizer", "momentum", "beta1", "beta2", "eps", "proximal", "frozen", "loss", "negatives")
+_BAKED = (
+    *("batch_size", "optimizer", "momentum", "beta1", "beta2", "eps"),
+    *("proximal", "control", "frozen", "loss", "negatives"),
+)
 """What of a visit's settings is in the graph; the learning rates and the number of steps are not."""
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedtower.core.control import is_variate
 from fedtower.core.errors import DataError, RecipeError
 from fedtower.core.plan import LocalSettings, PublicSettings
 from fedtower.core.runtime import Work
@@ -46,9 +47,10 @@ class PublicRows:
                 "public data trains the rows of the cloud's tables, and this model has none; leave out rows.train = "
                 '"public" and rows.public.warmup, or choose a model with tables'
             )
-        if declared.on_device and isinstance(task, Labelled):
+        self._own = [name for name in declared.on_device if not is_variate(name)]  # no round, no drift
+        if self._own and isinstance(task, Labelled):
             raise RecipeError(
-                f"the parameters {', '.join(declared.on_device)} live on devices, one value for each client, but a "
+                f"the parameters {', '.join(self._own)} live on devices, one value for each client, but a "
                 f"step on public labelled examples takes the examples of all of them at once; set rows.train = "
                 f'"device_updates" and leave out rows.public.warmup'
             )
@@ -61,8 +63,8 @@ class PublicRows:
         self._local, self._settings = local, settings
         self._device = tables.device
         self.store = ClientStore(task.num_clients)
-        for name, value in declared.device_parameters().items():
-            self.store.declare(name, value)
+        for name in self._own:
+            self.store.declare(name, declared.device_parameters()[name])
         self._steps: Iterator[Work] = iter(())
         self._next = -1  # the number of the step that comes out of _steps next
 
@@ -95,7 +97,7 @@ class PublicRows:
         slots = {name: rows[self._tensor(places)] for name, places in where.items()}
         inputs = {name: self._tensor(np.array(values[:, 0])) for name, values in work.inputs.items()}
         shared = {name: self._tensor(value) for name, value in parameters.items()}
-        own = {name: self._tensor(self.store.read(name, work.clients)) for name in self._declared.on_device}
+        own = {name: self._tensor(self.store.read(name, work.clients)) for name in self._own}
         for value in own.values():
             value.requires_grad_()
         loss = mean_loss(self._declared.shared, self._local.loss, shared, own, slots, inputs)

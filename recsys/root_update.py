@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fedtower.core.aggregation import GridSum
 from fedtower.core.client import ClientData, fetch
+from fedtower.core.control import corrected
 from fedtower.core.errors import DataError
 from fedtower.core.plan import Plan
 from fedtower.core.rows import RowStore
@@ -52,7 +53,10 @@ class RootUpdate:
         total, weight = GridSum(), 0.0
         for start in range(0, self.task.num_clients, WIDTH):
             users = np.arange(start, min(start + WIDTH, self.task.num_clients), dtype=np.int64)
-            updates, _ = self.runtime.train(plan, self._work(plan, users))
+            work = self._work(plan, users)
+            updates, states = self.runtime.train(plan, work)
+            if plan.local.control:
+                updates, _ = corrected(plan, work.states, updates, states)
             total.add(updates, updates.weights)
             weight += float(updates.weights.sum())
         if not weight:

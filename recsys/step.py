@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad_and_value
 
+from fedtower.core.control import CONTROL, OWN, is_variate
 from fedtower.core.errors import RecipeError, nearest
 from fedtower.core.plan import LocalSettings
 from fedtower.recsys.local_optimizers import LocalOptimizer, make_optimizer
@@ -25,13 +26,15 @@ class Step:
     Rows enter per slot and their gradients leave per slot; who holds the rows sums duplicates and steps them
     (:func:`fedtower.core.rows.step_rows`). The optimiser's state starts anew with every visit. With ``proximal`` the
     loss has FedProx's term, the squared distance from where the visit started (Li et al., 2020,
-    https://arxiv.org/abs/1812.06127, equation 2); where that was is kept in the state.
+    https://arxiv.org/abs/1812.06127, equation 2); where that was is kept in the state. With ``control`` gradients are
+    corrected by control variates, which are parameters that a step leaves as they are (:mod:`fedtower.core.control`).
     """
 
     loss: Loss
     optimizer: LocalOptimizer
     proximal: float = 0.0
     frozen: frozenset[str] = frozenset()
+    control: bool = False
 
     def init(self, parameters: Tensors) -> dict[str, Tensor]:
         """The state before the first step of a visit."""
@@ -52,6 +55,8 @@ class Step:
             return self.loss({**frozen, **trained}, slots, inputs)
 
         (gradients, slot_gradients), value = grad_and_value(loss, argnums=(0, 1))(trained, slots)
+        if self.control:
+            gradients = {name: _corrected(name, gradient, parameters) for name, gradient in gradients.items()}
         start = {name: place for name, place in state.items() if name.startswith("start/")}
         if self.proximal:
             gradients = {
@@ -79,7 +84,21 @@ def make_step(tower: SharedTower, local: LocalSettings) -> Step:
                 f"local.frozen names {name!r}, which the model does not have{nearest(name, names)}; "
                 f"it has {', '.join(names)}"
             )
-    return Step(make_loss(tower, local.loss), make_optimizer(local), local.proximal, frozenset(local.frozen))
+    variates = [name for name in names if is_variate(name)]
+    if local.control and not variates:
+        raise RecipeError(
+            "local.control needs a model with control variates (fedtower.recsys.controls), and this one has none: it "
+            "was made for a visit without them"
+        )
+    frozen = frozenset([*local.frozen, *variates])
+    return Step(make_loss(tower, local.loss), make_optimizer(local), local.proximal, frozen, local.control)
+
+
+def _corrected(name: str, gradient: Tensor, parameters: Tensors) -> Tensor:
+    """A gradient with its drift taken out; that of a parameter without variates as it is."""
+    if CONTROL + name not in parameters:
+        return gradient
+    return gradient - parameters[OWN + name] + parameters[CONTROL + name]
 
 
 def make_loss(tower: SharedTower, name: str) -> Loss:

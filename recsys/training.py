@@ -16,6 +16,7 @@ from fedtower.core.asynchronous import run_async
 from fedtower.core.aggregation import Aggregator, Instructed, Rooted
 from fedtower.core.checkpoint import Attachments, grouped
 from fedtower.core.client import ClientSide, Preparing, VisitCosts
+from fedtower.core.control import without_variates
 from fedtower.core.draws import Draws
 from fedtower.core.errors import CheckpointError, RecipeError
 from fedtower.core.hooks import Hooks
@@ -26,6 +27,7 @@ from fedtower.core.runtime import Runtime
 from fedtower.core.server import Schedule, ServerState
 from fedtower.core.store import ClientStore
 from fedtower.core.transport import OwnTime, Simulates
+from fedtower.recsys.controls import with_controls
 from fedtower.recsys.evaluation import Evaluation, Role
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.models import Declared
@@ -141,6 +143,8 @@ def assemble(setting: Setting, *, row_lr: float | None = None, tower_lr: float |
     torch.set_num_threads(recipe.threads)
     generator = torch.Generator().manual_seed(int(setting.draws.bits("initial parameters")) & 0x7FFFFFFFFFFFFFFF)
     declared: Declared = setting.registry.make("model", recipe.model, path="model").declare(task.schema, generator)
+    if recipe.mode != "standalone":
+        declared = with_controls(declared, recipe.local)
     tables = None
     if declared.tables:
         tables = CloudTables(
@@ -226,7 +230,7 @@ class Federated:
             root=_root_of(setting, self._model, aggregator, runtime),
         )
         parameters = self._model.declared.parameters()
-        self._state = ServerState(0, parameters, optimizer.init(parameters))
+        self._state = ServerState(0, parameters, optimizer.init(without_variates(parameters)))
         plan = make_plan(self._state, self._parts)
         client.declare(plan)
         if isinstance(aggregator, Instructed):

@@ -12,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedtower.core.control import is_variate
 from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.runtime import RuntimeFactory, Work
-from fedtower.core.testing.promises import Promises, Untouched, assert_close, assert_same_bits
+from fedtower.core.testing.promises import Promises, Untouched, assert_close, assert_same_bits, not_promised
 from fedtower.core.updates import Updates
+from fedtower.recsys.controls import with_controls
 from fedtower.recsys.models import Declared
 from fedtower.recsys.step import make_loss
 from fedtower.recsys.testing.examples import Case, cases
@@ -55,6 +57,19 @@ class RuntimePromises(Promises):
     def test_every_optimizer_is_the_one_of_that_name(self, case: Case, optimizer: str, tolerance: float) -> None:
         frozen = list(case.model.parameters())[:1]
         self.agree(case, case.plan(optimizer=optimizer, proximal=0.5, frozen=tuple(frozen)), tolerance)
+
+    def test_control_variates_correct_every_step(self, case: Case) -> None:
+        if case.name != "histories":
+            not_promised("one model shows it, the one with rows and parameters of the device's own")
+        controlled = replace(case, model=with_controls(case.model, LocalSettings(steps=1, control=True)))
+        plan = controlled.plan(control=True)
+        variates = {
+            name: np.sin(np.arange(value.size, dtype=np.float32)).reshape(value.shape)
+            for name, value in plan.parameters.items()
+            if is_variate(name)
+        }
+        assert variates
+        self.agree(controlled, replace(plan, parameters={**plan.parameters, **variates}))
 
     def agree(self, case: Case, plan: Plan, tolerance: float = 1e-4) -> None:
         """The runtime gives what the obvious loop gives."""
@@ -147,8 +162,8 @@ def _obvious(
     for client in range(len(work)):
         start = {name: torch.tensor(value) for name, value in plan.parameters.items()}
         start |= {name: torch.tensor(value[client]) for name, value in work.states.items()}
-        leaves = {name: value.clone().requires_grad_(name not in local.frozen) for name, value in start.items()}
-        trained = [name for name in leaves if name not in local.frozen]
+        trained = [name for name in start if name not in local.frozen and not is_variate(name)]
+        leaves = {name: value.clone().requires_grad_(name in trained) for name, value in start.items()}
         optimizer = _optimizer([leaves[name] for name in trained], local)
         held = {source: torch.tensor(_mine(work, source, client)) for source in work.rows}
         for at in range(int(work.steps[client])):
@@ -161,8 +176,13 @@ def _obvious(
             inputs = {name: torch.tensor(value[client, at]) for name, value in work.inputs.items()}
             loss = loss_of(leaves, slots, inputs)
             pull = sum(((leaves[name] - start[name]) ** 2).sum() for name in trained)
+            drift = sum(
+                ((start[f"control.{name}"] - start[f"own_control.{name}"]) * leaves[name]).sum()
+                for name in trained
+                if f"control.{name}" in start
+            )
             optimizer.zero_grad()
-            (loss + 0.5 * local.proximal * pull).backward()  # type: ignore[no-untyped-call]
+            (loss + 0.5 * local.proximal * pull + drift).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             row_lr = local.lr if local.row_lr is None else local.row_lr
             held = {source: (table - row_lr * _gradient(table)).detach() for source, table in tables.items()}

@@ -422,6 +422,15 @@ MUTANTS = {
         """,
         {"it_agrees_with_the_obvious_loop"},
     ),
+    "Drifting(RuntimePromises)": (
+        """
+        class make(TorchLoop):
+            def open(self, model, local):
+                loop = super().open(model, local)
+                return Loop(replace(loop.step, control=False, proximal=0.0))
+        """,
+        {"control_variates_correct_every_step", "every_optimizer_is_the_one_of_that_name"},
+    ),
 }
 
 
