@@ -102,7 +102,7 @@ class ClientSide:
         updates, states = self.hooks.wrap(
             "client_train", lambda: self.runtime.train(plan, work), plan=plan, clients=clients
         )
-        if plan.local.control:
+        if plan.local.control != "none":
             updates, states = corrected(plan, work.states, updates, states)
         kept: Sequence[States] = [
             {name: self.store.read(f"transforms.{position}.{name}", clients) for name in transform.state(plan)}

@@ -3,6 +3,10 @@
 SCAFFOLD, Karimireddy et al., 2020, https://arxiv.org/abs/1910.06378, algorithm 1 with option II. Each shared parameter
 x has two more beside it: the server's variate ``control.x``, which travels with the plan, and the client's own,
 ``own_control.x``, which stays on the device. A step descends along ``g - own + control``.
+
+FedDyn, Acar et al., 2021, https://arxiv.org/abs/2111.04263, algorithm 1: here the client's own is the gradient at which
+its last visit ended, and the pull of ``local.proximal`` is added, so that a step descends along
+``g - own + alpha (x - start)``. The server's half is the server optimiser of that name.
 """
 
 from __future__ import annotations
@@ -38,14 +42,19 @@ def without_variates(parameters: Mapping[str, FloatArray]) -> dict[str, FloatArr
 def corrected(
     plan: Plan, own: Mapping[str, FloatArray], updates: Updates, states: Mapping[str, FloatArray]
 ) -> tuple[Updates, dict[str, FloatArray]]:
-    """The updates with how much each client's variates changed, and what the devices keep, those variates among it.
+    """The updates, with how much each client's variates changed where the server has some too; and what the devices
+    keep, their variates among it.
 
-    After K steps a client's variate is the mean of its gradients on the way, ``own - control - delta / (K lr)``. One
+    SCAFFOLD: after K steps a client's variate is the mean of its gradients on the way, ``own - control - delta / (K lr)``. One
     without a step keeps its own.
 
     Shape:
         ``own[name]`` (C, *shape): what the clients kept before the visit.
     """
+    if plan.local.control == "feddyn":
+        alpha = np.float32(plan.local.proximal)
+        after = {name: value - alpha * updates.dense[name.removeprefix(OWN)] for name, value in _own(own).items()}
+        return updates, {**states, **after}
     steps = updates.metrics["steps"]
     rates = np.divide(1.0, steps * plan.local.lr, out=np.zeros(len(updates)), where=steps > 0)
     dense, kept = dict(updates.dense), dict(states)
@@ -59,6 +68,10 @@ def corrected(
         dense[name] = change
         kept[OWN + trained] = own[OWN + trained] + change
     return replace(updates, dense=dense), kept
+
+
+def _own(states: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+    return {name: value for name, value in states.items() if name.startswith(OWN)}
 
 
 def moved(parameters: Mapping[str, FloatArray], delta: Mapping[str, FloatArray], share: float) -> dict[str, FloatArray]:

@@ -35,8 +35,12 @@ class LocalSettings:
     beta2: float = field(default=0.999, metadata={"help": "adam: decay of the second moment"})
     eps: float = field(default=1e-8, metadata={"help": "adam, adagrad: added to the root"})
     proximal: float = field(default=0.0, metadata={"help": "FedProx's mu: the pull back to where the visit started"})
-    control: bool = field(
-        default=False, metadata={"help": "SCAFFOLD: correct each step of the towers by control variates; sgd alone"}
+    control: Literal["none", "scaffold", "feddyn"] = field(
+        default="none",
+        metadata={
+            "help": "what takes drift out of a client's steps: scaffold, control variates (sgd alone); feddyn, with "
+            "proximal as its alpha"
+        },
     )
     frozen: tuple[str, ...] = field(default=(), metadata={"help": "parameters of the tower that are not trained"})
     lr: float = field(default=1.0, metadata={"help": "learning rate of the towers on the device"})
@@ -65,9 +69,13 @@ class LocalSettings:
             raise RecipeError("local.share is the share of an epoch: it needs local.epochs, and not local.steps")
         if self.proximal < 0:
             raise RecipeError(f"local.proximal must be at least 0, not {self.proximal}: it pulls back")
-        if self.control and (self.optimizer != "sgd" or self.proximal or not self.lr > 0):
+        if self.control == "feddyn" and not self.proximal:
             raise RecipeError(
-                f"local.control tells a client's mean gradient from how far it went by plain descent, and cannot with "
+                "local.control = 'feddyn' pulls back to where the visit started, by its alpha: set local.proximal"
+            )
+        if self.control == "scaffold" and (self.optimizer != "sgd" or self.proximal or not self.lr > 0):
+            raise RecipeError(
+                f"local.control = 'scaffold' tells a mean gradient from how far plain descent went, and cannot with "
                 f"local.optimizer = {self.optimizer!r}, local.proximal = {self.proximal} and local.lr = {self.lr}; set "
                 f"local.optimizer = 'sgd', local.proximal = 0 and a positive rate, or leave local.control out"
             )

@@ -24,6 +24,7 @@ from fedtower.core.receiving import Reception, in_time, stamped, until_enough
 from fedtower.core.rows import RowStore
 from fedtower.core.server import PublicTraining, Schedule, ServerOptimizer, ServerState, step
 from fedtower.core.staleness import AsynchronousSettings
+from fedtower.core.server import Counting, PublicTraining, Schedule, ServerOptimizer, ServerState, step
 from fedtower.core.tally import RoundReport, Tally
 from fedtower.core.transform import Transform, finish
 from fedtower.core.transport import Abandoned, KeepsTime, OwnTime, Transport
@@ -146,7 +147,7 @@ def run_round(state: ServerState, parts: Parts) -> tuple[ServerState, RoundRepor
         state = step(
             state,
             total,
-            parts.optimizer,
+            optimizer_of(tally.survivors(), parts),
             parts.store,
             lr=parts.lr,
             lr_scale=lr_scale,
@@ -242,6 +243,12 @@ def choose(round: int, parts: Parts) -> Cohort:
 def make_plan(state: ServerState, parts: Parts) -> Plan:
     """What the cohort of the next round is sent."""
     return Plan(state.round + 1, state.parameters, parts.local, train_rows=parts.rows.train == "device_updates")
+
+
+def optimizer_of(counted: Cohort, parts: Parts) -> ServerOptimizer:
+    """The server optimiser, told which share of all clients counted where it asks for that."""
+    optimizer = parts.optimizer
+    return optimizer.counted(len(counted) / parts.population) if isinstance(optimizer, Counting) else optimizer
 
 
 def aggregator_of(plan: Plan, parts: Parts) -> Aggregator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,15 @@ class ServerOptimizer(Protocol):
 
     def update(self, parameters: Parameters, delta: Parameters, state: State, lr: float) -> tuple[Parameters, State]:
         """The next parameters and state; ``delta`` points downhill."""
+        ...
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """An optimiser that has to know which share of all clients counted in a round."""
+
+    def counted(self, share: float) -> ServerOptimizer:
+        """What steps after such a round, from the same state."""
         ...
 
 

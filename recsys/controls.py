@@ -1,4 +1,4 @@
-"""Controls: a model with SCAFFOLD's control variates beside its shared parameters (:mod:`fedtower.core.control`)."""
+"""Controls: a model with control variates beside its shared parameters (:mod:`fedtower.core.control`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def with_controls(declared: Declared, local: LocalSettings) -> Declared:
     """The model, where ``local.control`` asks for them with variates of 0 for every shared parameter that is trained;
     parameters that live on devices drift from nobody's.
     """
-    if not local.control:
+    if local.control == "none":
         return declared
     shared = {
         name: value
@@ -27,7 +27,7 @@ def with_controls(declared: Declared, local: LocalSettings) -> Declared:
     }
     tower = copy(declared.shared)
     tower._modules = dict(declared.shared._modules)
-    for prefix in (CONTROL, OWN):
+    for prefix in (CONTROL, OWN) if local.control == "scaffold" else (OWN,):
         tower.add_module(prefix.removesuffix("."), _zeros(shared))
     return replace(declared, shared=tower, on_device=(*declared.on_device, *(OWN + name for name in shared)))
 

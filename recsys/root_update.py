@@ -55,7 +55,7 @@ class RootUpdate:
             users = np.arange(start, min(start + WIDTH, self.task.num_clients), dtype=np.int64)
             work = self._work(plan, users)
             updates, states = self.runtime.train(plan, work)
-            if plan.local.control:
+            if plan.local.control != "none":
                 updates, _ = corrected(plan, work.states, updates, states)
             total.add(updates, updates.weights)
             weight += float(updates.weights.sum())

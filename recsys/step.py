@@ -85,20 +85,22 @@ def make_step(tower: SharedTower, local: LocalSettings) -> Step:
                 f"it has {', '.join(names)}"
             )
     variates = [name for name in names if is_variate(name)]
-    if local.control and not variates:
+    controlled = local.control != "none"
+    if controlled and not variates:
         raise RecipeError(
             "local.control needs a model with control variates (fedtower.recsys.controls), and this one has none: it "
             "was made for a visit without them"
         )
     frozen = frozenset([*local.frozen, *variates])
-    return Step(make_loss(tower, local.loss), make_optimizer(local), local.proximal, frozen, local.control)
+    return Step(make_loss(tower, local.loss), make_optimizer(local), local.proximal, frozen, controlled)
 
 
 def _corrected(name: str, gradient: Tensor, parameters: Tensors) -> Tensor:
     """A gradient with its drift taken out; that of a parameter without variates as it is."""
-    if CONTROL + name not in parameters:
+    if OWN + name not in parameters:
         return gradient
-    return gradient - parameters[OWN + name] + parameters[CONTROL + name]
+    drift = gradient - parameters[OWN + name]
+    return drift + parameters[CONTROL + name] if CONTROL + name in parameters else drift
 
 
 def make_loss(tower: SharedTower, name: str) -> Loss:

@@ -183,6 +183,7 @@ class Federated:
 
     def __init__(self, setting: Setting) -> None:
         recipe, make = setting.recipe, setting.registry.make
+        _refuse_half(recipe)
         self._setting = setting
         self._model = assemble_spread(setting)
         self._public = _public_rows(setting, self._model)
@@ -305,6 +306,14 @@ class Helper:
 def rounds_of(parts: Parts) -> Callable[[ServerState, Parts], Iterator[tuple[ServerState, RoundReport]]]:
     """How these parts train: in rounds that wait for a cohort, or in versions that wait for nobody."""
     return run_rounds if parts.asynchronous is None else run_async
+def _refuse_half(recipe: Recipe) -> None:
+    """Raise RecipeError for a recipe with one half of FedDyn: the clients' without the server's, or the other way."""
+    clients, server = recipe.local.control == "feddyn", recipe.server.part.name == "feddyn"
+    if clients != server:
+        raise RecipeError(
+            f"FedDyn has two halves, and this recipe has the {'clients' if clients else 'server'}'s alone: set both "
+            f"local.control = 'feddyn' and server.optimizer = 'feddyn', or neither"
+        )
 
 
 def _public_rows(setting: Setting, model: Assembled) -> PublicRows | None:

@@ -98,9 +98,9 @@ def reach_of(local: LocalSettings) -> Callable[[FloatArray], FloatArray]:
         RecipeError: an optimiser whose steps depend on more than the sum of its gradients.
     """
     pull, kept = local.lr * local.proximal, local.momentum if local.optimizer == "momentum" else 0.0
-    if local.optimizer not in ("sgd", "momentum") or (kept and pull) or pull >= 1 or local.control:
+    if local.optimizer not in ("sgd", "momentum") or (kept and pull) or pull >= 1 or local.control != "none":
         what = f"local.optimizer = {local.optimizer!r}" + (f" with local.proximal = {local.proximal}" if pull else "")
-        what += " with local.control" if local.control else ""
+        what += f" with local.control = {local.control!r}" if local.control != "none" else ""
         raise RecipeError(
             f"aggregator 'fednova' divides an update by what its steps add up to, and for {what} it cannot tell that; "
             f"set local.optimizer = 'sgd' (with local.proximal below 1 / local.lr) or 'momentum', or aggregator.name = "

@@ -61,8 +61,8 @@ class RuntimePromises(Promises):
     def test_control_variates_correct_every_step(self, case: Case) -> None:
         if case.name != "histories":
             not_promised("one model shows it, the one with rows and parameters of the device's own")
-        controlled = replace(case, model=with_controls(case.model, LocalSettings(steps=1, control=True)))
-        plan = controlled.plan(control=True)
+        controlled = replace(case, model=with_controls(case.model, LocalSettings(steps=1, control="scaffold")))
+        plan = controlled.plan(control="scaffold")
         variates = {
             name: np.sin(np.arange(value.size, dtype=np.float32)).reshape(value.shape)
             for name, value in plan.parameters.items()
@@ -177,9 +177,9 @@ def _obvious(
             loss = loss_of(leaves, slots, inputs)
             pull = sum(((leaves[name] - start[name]) ** 2).sum() for name in trained)
             drift = sum(
-                ((start[f"control.{name}"] - start[f"own_control.{name}"]) * leaves[name]).sum()
+                ((start.get(f"control.{name}", 0.0) - start[f"own_control.{name}"]) * leaves[name]).sum()
                 for name in trained
-                if f"control.{name}" in start
+                if f"own_control.{name}" in start
             )
             optimizer.zero_grad()
             (loss + 0.5 * local.proximal * pull + drift).backward()  # type: ignore[no-untyped-call]

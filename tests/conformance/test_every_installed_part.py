@@ -21,7 +21,7 @@ HOW_MANY = {
     "recipe": 8,
     "runtime": 4,
     "sampler": 2,
-    "server_optimizer": 5,
+    "server_optimizer": 6,
     "signer": 1,
     "suite": 3,
     "tracker": 3,

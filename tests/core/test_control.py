@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from fedtower.core.control import corrected, moved, without_variates
 from fedtower.core.errors import RecipeError
 from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.updates import Updates
+from fedtower.plugins.server_optimizers.feddyn import FedDyn
 
 
 def numbers(*values: float) -> np.ndarray:
@@ -19,7 +21,7 @@ def numbers(*values: float) -> np.ndarray:
 
 def plan(x: float, control: float, lr: float = 0.5) -> Plan:
     parameters = {"x": numbers(x)[0:1], "control.x": numbers(control)[0:1]}
-    return Plan(1, parameters, LocalSettings(epochs=1, lr=lr, control=True))
+    return Plan(1, parameters, LocalSettings(epochs=1, lr=lr, control="scaffold"))
 
 
 def test_three_clients_by_hand() -> None:
@@ -74,10 +76,46 @@ def test_clients_with_other_goals_meet_at_the_least_mean_loss(control: bool, wan
         assert x == pytest.approx(wanted, abs=1e-4)
 
 
+def test_feddyn_keeps_the_gradient_at_which_a_visit_ended() -> None:
+    now = replace(
+        plan(7, 4), parameters={"x": numbers(7)}, local=LocalSettings(epochs=1, control="feddyn", proximal=0.5)
+    )
+    block = Updates(np.ones(2), {"x": numbers(-3, 0)[:, None]}, metrics={"steps": np.array([9.0, 0.0])})
+    own = {"own_control.x": numbers(1, 2)[:, None], "vector": numbers(8, 8)}
+    updates, kept = corrected(now, own, block, {"own_control.x": numbers(0, 0)[:, None], "vector": numbers(9, 9)})
+    assert kept["own_control.x"][:, 0].tolist() == [1 + 0.5 * 3, 2]
+    assert kept["vector"].tolist() == [9, 9], "what was trained stays as it was trained"
+    assert updates is block
+
+
+def test_feddyn_meets_at_the_least_mean_loss_too() -> None:
+    # The losses of above, each visit to the very minimum of its own: of the loss, less own x, and the pull.
+    alpha, x = 2.0, {"x": numbers(0)}
+    slopes, goals, own = numbers(1, 4), numbers(4, 0), {"own_control.x": np.zeros((2, 1), np.float32)}
+    server, local = FedDyn(), LocalSettings(epochs=1, control="feddyn", proximal=alpha)
+    state = server.init(x)
+    for round in range(200):
+        ends = (slopes * goals + own["own_control.x"][:, 0] + alpha * x["x"]) / (slopes + alpha)
+        there = np.array([[True, True], [True, False], [False, True]][round % 3])
+        block = Updates(np.ones(2), {"x": np.where(there, ends - x["x"], 0)[:, None].astype(np.float32)})
+        _, own = corrected(Plan(1, x, local), own, block, {})
+        delta = {"x": block.dense["x"][there].mean(axis=0)}
+        moved_to, state = server.counted(float(there.mean())).update(x, delta, state, 1.0)
+        x = dict(moved_to)
+    assert float(x["x"][0]) == pytest.approx(4 / 5, abs=1e-3)
+
+
+def test_feddyn_needs_its_alpha() -> None:
+    with pytest.raises(RecipeError, match=r"'feddyn' pulls back to where the visit started"):
+        LocalSettings(epochs=1, control="feddyn")
+
+
 @pytest.mark.parametrize("settings", [{"optimizer": "adam"}, {"optimizer": "momentum"}, {"proximal": 0.1}, {"lr": 0.0}])
 def test_steps_that_are_no_plain_descent_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match=r"local\.control tells a client's mean gradient from how far it went"):
-        LocalSettings(**{"epochs": 1, "control": True, **settings})
+    with pytest.raises(
+        RecipeError, match=r"local\.control = 'scaffold' tells a mean gradient from how far plain descent went"
+    ):
+        LocalSettings(**{"epochs": 1, "control": "scaffold", **settings})
 
 
 def test_a_pull_pushes_nobody_away() -> None:

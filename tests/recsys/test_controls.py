@@ -1,4 +1,4 @@
-"""SCAFFOLD in whole rounds: against the algorithm in plain torch, and what becomes of variates that do not count."""
+"""SCAFFOLD and FedDyn in whole rounds: against plain torch; and what becomes of variates that do not count."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fedtower.recsys.training import Federated, Setting
 REGISTRY = discover()
 SMALL = [
     *("data.clients=6", "data.partition=shards", "data.validation_images=30", "model.hidden=[8]"),
-    *("local.epochs=1", "local.batch_size=12", "local.lr=0.1", "local.control=true", "cohort.size=3"),
+    *("local.epochs=1", "local.batch_size=12", "local.lr=0.1", "local.control=scaffold", "cohort.size=3"),
 ]
 
 
@@ -103,6 +103,41 @@ def test_it_is_the_algorithm_in_plain_torch(tmp_path: Path, weights: str) -> Non
     assert all(float(value.abs().max()) > 1e-3 for value in c.values())
 
 
+def test_feddyn_is_the_algorithm_in_plain_torch(tmp_path: Path) -> None:
+    alpha, lr = 0.2, 0.1
+    dyn = [f"local.proximal={alpha}", "local.control=feddyn", "server.optimizer=feddyn", "aggregator.weights=equal"]
+    setting, cohorts = setting_of(tmp_path, *dyn), Cohorts()
+    setting.hooks.add(cohorts, "cohorts")
+    training = Federated(setting)
+    first = training.learned().parameters
+    names = list(first)
+    assert not [name for name in names if name.startswith("control.")], "nothing more travels"
+    x = {name: torch.tensor(first[name]) for name in names}
+    h = {name: torch.zeros_like(x[name]) for name in names}
+    own = [{name: torch.zeros_like(x[name]) for name in names} for _ in range(6)]
+    for round, _ in zip(range(1, 6), training.rounds(), strict=False):
+        work = setting.task.client_data().work(Plan(round, {}, setting.recipe.local), cohorts.seen[-1])
+        ends = []
+        for at, client in enumerate(cohorts.seen[-1].tolist()):
+            y = dict(x)
+            for step in range(int(work.steps[at])):
+                real = work.inputs["weight"][at, step] > 0
+                slopes = gradients(
+                    y, np.array(work.inputs["dense"][at, step])[real], work.inputs["label"][at, step][real]
+                )
+                y = {
+                    name: y[name] - lr * (slopes[name] - own[client][name] + alpha * (y[name] - x[name]))
+                    for name in names
+                }
+            own[client] = {name: own[client][name] - alpha * (y[name] - x[name]) for name in names}
+            ends.append(y)
+        h = {name: h[name] - alpha / 6 * sum(y[name] - x[name] for y in ends) for name in names}
+        x = {name: torch.stack([y[name] for y in ends]).mean(dim=0) - h[name] / alpha for name in names}
+        for name in names:
+            np.testing.assert_allclose(training.learned().parameters[name], x[name], rtol=1e-3, atol=5e-6, err_msg=name)
+    assert all(float(value.abs().max()) > 1e-3 for value in h.values())
+
+
 def test_a_run_goes_on_from_a_snapshot_with_the_same_bits(tmp_path: Path) -> None:
     whole, halves = Federated(setting_of(tmp_path)), Federated(setting_of(tmp_path))
     for _ in zip(range(4), whole.rounds(), strict=False):
@@ -142,8 +177,14 @@ def test_the_server_s_optimiser_has_the_trained_parameters_alone(tmp_path: Path)
     assert np.abs(held["parameters/control.out.weight"]).max() > 0
 
 
+@pytest.mark.parametrize("half", [["local.control=feddyn", "local.proximal=0.1"], ["server.optimizer=feddyn"]])
+def test_feddyn_is_not_had_by_halves(tmp_path: Path, half: list[str]) -> None:
+    with pytest.raises(RecipeError, match="FedDyn has two halves"):
+        Federated(setting_of(tmp_path, *half))
+
+
 def test_fednova_has_no_rule_for_it(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"'fednova' divides .* with local\.control it cannot tell"):
+    with pytest.raises(RecipeError, match=r"'fednova' divides .* local\.control = 'scaffold' it cannot tell"):
         Federated(setting_of(tmp_path, "aggregator.name=fednova"))
 
 
