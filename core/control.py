@@ -45,8 +45,8 @@ def corrected(
     """The updates, with how much each client's variates changed where the server has some too; and what the devices
     keep, their variates among it.
 
-    SCAFFOLD: after K steps a client's variate is the mean of its gradients on the way, ``own - control - delta / (K lr)``. One
-    without a step keeps its own.
+    SCAFFOLD: after K steps a client's variate is the mean of its gradients on the way, ``own - control - delta / (K
+    lr)``. One without a step keeps its own.
 
     Shape:
         ``own[name]`` (C, *shape): what the clients kept before the visit.
