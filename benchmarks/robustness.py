@@ -10,7 +10,9 @@ too so that all have the same clients); of the rest, ``--shares`` are attackers,
 * *sign*: the update an attacker should send, times -100.
 * *alie*: the mean of the block less z deviations, of each coordinate (Baruch et al., 2019,
   https://arxiv.org/abs/1902.06156): z is as large as may hide among the honest; attackers see everybody's updates.
-* *promote*: every second event of an attacker is with one rarely touched item, the others are with popular ones.
+* *promote*: every second event of an attacker is with one rarely touched item, the others are with popular ones, and
+  her update is sent ten times as long (Bagdasaryan et al., 2020, https://arxiv.org/abs/1807.00459): as it is, the many
+  who draw the item as a negative undo it.
 
 ER@10 is the share of the honest users who never touched the promoted item that are shown it among their ten first of
 all items that they did not touch; HR@10 is over their test items, ranked among 99 others. One seed: the standard error
@@ -59,6 +61,7 @@ RULES: Mapping[str, Sequence[str]] = {
     "geometric_median": ["aggregator.name=geometric_median"],
     "fltrust": ["aggregator.name=fltrust"],
 }
+LENGTHENED = {"sign": -100.0, "promote": 10.0}
 ATTACKS = ("none", "flip", "sign", "alie", "promote")
 
 
@@ -102,9 +105,9 @@ class Sabotage:
     def client_train(self, plan: Plan, clients: IntArray) -> Generator[None, Any, Any]:
         updates, states = yield
         bad = np.isin(clients, self._attackers)
-        if not bad.any() or self._attack not in ("sign", "alie"):
-            return updates, states
-        return (updates.scaled(np.where(bad, -100.0, 1.0)) if self._attack == "sign" else _hidden(updates, bad)), states
+        if bad.any() and self._attack in LENGTHENED:
+            return updates.scaled(np.where(bad, LENGTHENED[self._attack], 1.0)), states
+        return (_hidden(updates, bad) if bad.any() and self._attack == "alie" else updates), states
 
 
 def _hidden(updates: Updates, bad: NDArray[np.bool_]) -> Updates:
