@@ -16,7 +16,7 @@ from fedtower.core.checking import Reason
 from fedtower.core.cohort import Cohort
 from fedtower.core.errors import RecipeError
 from fedtower.core.receiving import Reception
-from fedtower.core.round import Parts, announce, choose, fold, make_plan, moved, run_rounds
+from fedtower.core.round import Parts, aggregator_of, announce, choose, fold, make_plan, moved, run_rounds
 from fedtower.core.server import ServerState
 from fedtower.core.staleness import AsynchronousSettings, discounted
 from fedtower.core.tally import RoundReport, Tally
@@ -64,8 +64,9 @@ def run_version(state: ServerState, parts: Parts) -> tuple[ServerState, RoundRep
     )
     blocks = _discounted(tally.count(reception.accepted(version.arrivals())), plan.round, settings)
 
+    aggregator = aggregator_of(plan, parts)
     try:
-        total, memory = parts.hooks.wrap("aggregate", lambda: fold(parts.aggregator, blocks, state), round=plan.round)
+        total, memory = parts.hooks.wrap("aggregate", lambda: fold(aggregator, blocks, state), round=plan.round)
     except Abandoned as reason:
         parts.hooks.observe("warned", message=f"version {plan.round} was abandoned: {reason}")
         total, memory, tally = None, state.aggregator, Buffer(plan.round, parts.population)

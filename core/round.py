@@ -22,9 +22,8 @@ from fedtower.core.hooks import Hooks
 from fedtower.core.plan import LocalSettings, Plan, RowSettings
 from fedtower.core.receiving import Reception, in_time, stamped, until_enough
 from fedtower.core.rows import RowStore
-from fedtower.core.server import PublicTraining, Schedule, ServerOptimizer, ServerState, step
-from fedtower.core.staleness import AsynchronousSettings
 from fedtower.core.server import Counting, PublicTraining, Schedule, ServerOptimizer, ServerState, step
+from fedtower.core.staleness import AsynchronousSettings
 from fedtower.core.tally import RoundReport, Tally
 from fedtower.core.transform import Transform, finish
 from fedtower.core.transport import Abandoned, KeepsTime, OwnTime, Transport
@@ -137,24 +136,6 @@ def run_round(state: ServerState, parts: Parts) -> tuple[ServerState, RoundRepor
         total, memory, tally = None, state.aggregator, Tally(cohort)
     parts.client.discard()  # of those who were late
     state = moved(state, total, memory, tally.survivors(), parts)
-    state = account(state, tally.survivors(), parts)
-    if total is None:
-        state = replace(state, round=plan.round)
-    else:
-        total = finish(parts.transforms, total, tally.survivors())
-        state = replace(state, aggregator=memory)
-        lr_scale = parts.schedule(plan.round)
-        state = step(
-            state,
-            total,
-            optimizer_of(tally.survivors(), parts),
-            parts.store,
-            lr=parts.lr,
-            lr_scale=lr_scale,
-            rows=parts.rows,
-            public=parts.public,
-            share=len(tally.survivors()) / parts.population,
-        )
 
     seconds = parts.clock() - started
     spent = None
@@ -201,12 +182,13 @@ def moved(
     return step(
         replace(state, aggregator=memory),
         finish(parts.transforms, total, counted),
-        parts.optimizer,
+        optimizer_of(counted, parts),
         parts.store,
         lr=parts.lr,
         lr_scale=parts.schedule(state.round + 1),
         rows=parts.rows,
         public=parts.public,
+        share=len(counted) / parts.population,
     )
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedtower.core.asynchronous import run_async
 from fedtower.core.aggregation import Aggregator, Instructed, Rooted
+from fedtower.core.asynchronous import run_async
 from fedtower.core.checkpoint import Attachments, grouped
 from fedtower.core.client import ClientSide, Preparing, VisitCosts
 from fedtower.core.control import without_variates
@@ -306,6 +306,8 @@ class Helper:
 def rounds_of(parts: Parts) -> Callable[[ServerState, Parts], Iterator[tuple[ServerState, RoundReport]]]:
     """How these parts train: in rounds that wait for a cohort, or in versions that wait for nobody."""
     return run_rounds if parts.asynchronous is None else run_async
+
+
 def _refuse_half(recipe: Recipe) -> None:
     """Raise RecipeError for a recipe with one half of FedDyn: the clients' without the server's, or the other way."""
     clients, server = recipe.local.control == "feddyn", recipe.server.part.name == "feddyn"
