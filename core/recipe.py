@@ -116,6 +116,10 @@ class EvaluationSettings:
         default=20,
         metadata={"help": "rounds between looks at the validation items; 0: none. Standalone: as many in all"},
     )
+    personal: bool = field(
+        default=False,
+        metadata={"help": "simulated: each client trains a visit on its own data before it judges, for itself alone"},
+    )
     batch_size: int = field(default=512, metadata={"help": "users scored at a time; it changes no figure"})
 
 

@@ -4,8 +4,9 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from fedtower.core.rows import RowStore
 from fedtower.core.store import ClientStore
 from fedtower.recsys.models import Declared
+
+if TYPE_CHECKING:
+    from fedtower.recsys.personal import Personal
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
@@ -28,6 +32,8 @@ class Learned:
     parameters: Mapping[str, FloatArray]
     store: ClientStore
     rows: RowStore | None
+    tuned: Callable[[IntArray], Personal] | None = None
+    """What each client makes of it for itself before it uses it, where the recipe says so."""
 
     def shared(self) -> dict[str, Tensor]:
         """The shared parameters."""

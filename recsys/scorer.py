@@ -21,7 +21,7 @@ FloatArray = NDArray[np.float32]
 
 # Cases are computed so many at a time, the last tile padded: each case goes through kernels of the same shapes, and
 # its bits do not depend on how many others are asked for.
-_TILE = 64
+TILE = 64
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ModelScorer:
         rate = vmap(pure(self.learned.declared.shared, "score"), in_dims=(None, 0, 0))
         start = 0
         for vectors, count in self._vectors(clients, cut):
-            wanted = np.zeros((_TILE, candidates.shape[1]), dtype=np.int64)
+            wanted = np.zeros((TILE, candidates.shape[1]), dtype=np.int64)
             wanted[:count] = np.maximum(candidates[start : start + count], 0)
             with torch.no_grad():
                 scores = rate(self.learned.shared(), vectors[:, None], self._catalogue[torch.from_numpy(wanted)])
@@ -71,13 +71,13 @@ class ModelScorer:
         return np.concatenate(tiles) if tiles else np.zeros((0, self.population.num_items), dtype=np.float32)
 
     def _vectors(self, clients: IntArray, cut: IntArray) -> Iterator[tuple[Tensor, int]]:
-        """User vectors in tiles (_TILE, D), and how many of each are real."""
+        """User vectors in tiles (TILE, D), and how many of each are real."""
         # vmap pairs the entries of two dictionaries by their order, not by their keys: both begin with the shared ones.
         axes = {**dict.fromkeys(self.learned.parameters), **dict.fromkeys(self.learned.declared.on_device, 0)}
         represent = vmap(pure(self.learned.declared.shared, "represent"), in_dims=(axes, 0, 0, 0))
-        for start in range(0, len(clients), _TILE):
-            count = min(_TILE, len(clients) - start)
-            at = np.minimum(np.arange(start, start + _TILE), len(clients) - 1)
+        for start in range(0, len(clients), TILE):
+            count = min(TILE, len(clients) - start)
+            at = np.minimum(np.arange(start, start + TILE), len(clients) - 1)
             items, length = look_back(
                 self.population, self.split, self.moment, clients[at], cut[at], self.history_length
             )

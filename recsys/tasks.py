@@ -26,6 +26,7 @@ from fedtower.recsys.history import Moment
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.losses import check_labels
 from fedtower.recsys.models import ExampleSchema, Schema
+from fedtower.recsys.personal import PersonalScorer
 from fedtower.recsys.population import DataCard, Population
 from fedtower.recsys.public import PartOfExamples, part_of, set_apart
 from fedtower.recsys.scorer import ModelScorer
@@ -227,7 +228,8 @@ class Histories:
 
     def scorer(self, learned: Learned, moment: Moment) -> ModelScorer:
         """The model as evaluation and recommendation see it."""
-        return ModelScorer(learned, self.population, self.split, self.recipe.local.history_length, moment)
+        about = (learned, self.population, self.split, self.recipe.local.history_length, moment)
+        return ModelScorer(*about) if learned.tuned is None else PersonalScorer(*about, learned.tuned)
 
     def judge(self, learned: Learned, role: Role, ranking: Ranking | None = None) -> Evaluation:
         """Held-out items ranked among others."""
@@ -245,7 +247,9 @@ class Histories:
         settings = self.recipe.evaluation
         if ranking is not None:
             settings = replace(settings, protocol=ranking)
-        return evaluate(scorer, self.population, self.split, role, settings, self.draws)
+        found = evaluate(scorer, self.population, self.split, role, settings, self.draws)
+        tuned = settings.personal and self.recipe.mode == "simulated"
+        return replace(found, protocol_label=f"{found.protocol_label}, models fine-tuned") if tuned else found
 
 
 @dataclass(frozen=True)

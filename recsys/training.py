@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
@@ -31,11 +32,12 @@ from fedtower.recsys.controls import with_controls
 from fedtower.recsys.evaluation import Evaluation, Role
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.models import Declared
+from fedtower.recsys.personal import tune
 from fedtower.recsys.processes import ALONE, Processes
 from fedtower.recsys.public_rows import PublicRows
 from fedtower.recsys.root_update import RootUpdate
 from fedtower.recsys.tables import CloudTables
-from fedtower.recsys.tasks import Task
+from fedtower.recsys.tasks import Histories, Task
 
 FloatArray = NDArray[np.float32]
 Arrays = Mapping[str, NDArray[Any]]
@@ -184,6 +186,7 @@ class Federated:
     def __init__(self, setting: Setting) -> None:
         recipe, make = setting.recipe, setting.registry.make
         _refuse_half(recipe)
+        _refuse_personal(setting)
         self._setting = setting
         self._model = assemble_spread(setting)
         self._public = _public_rows(setting, self._model)
@@ -248,7 +251,10 @@ class Federated:
 
     def learned(self) -> Learned:
         """The model as it stands."""
-        return self._model.learned(self._state.parameters)
+        learned = self._model.learned(self._state.parameters)
+        if not self._setting.recipe.evaluation.personal:
+            return learned
+        return replace(learned, tuned=partial(tune, make_plan(self._state, self._parts), self._parts.client))
 
     def snapshot(self) -> Arrays:
         """The server's state, the tables of its generation, and what the clients keep."""
@@ -315,6 +321,23 @@ def _refuse_half(recipe: Recipe) -> None:
         raise RecipeError(
             f"FedDyn has two halves, and this recipe has the {'clients' if clients else 'server'}'s alone: set both "
             f"local.control = 'feddyn' and server.optimizer = 'feddyn', or neither"
+        )
+
+
+def _refuse_personal(setting: Setting) -> None:
+    """Raise RecipeError where clients cannot judge models of their own."""
+    recipe = setting.recipe
+    if not recipe.evaluation.personal:
+        return
+    if recipe.mode == "deployed":
+        raise RecipeError(
+            'evaluation.personal = true is for mode = "simulated": devices judge the model that they are sent; set it '
+            "to false"
+        )
+    if not isinstance(setting.task, Histories):
+        raise RecipeError(
+            f"evaluation.personal = true needs held-out items of each client's own, and {setting.task.card.name!r} "
+            f"holds examples out for all clients together; set it to false"
         )
 
 

@@ -218,14 +218,19 @@ class ModelPromises(Promises):
             again = tower.represent(changed, target, inputs["user"])
             torch.testing.assert_close(again[place], seen[place], msg="the target, or what came after it, shows")
 
-    def test_the_history_is_looked_at(self) -> None:
+    def test_the_history_is_looked_at_or_what_is_the_clients_own(self) -> None:
         declared = self.declare()
         tower = self.tower_on_histories(declared)
         slots, inputs = self.batch(declared)
         target = torch.full((BATCH,), SLOTS)
         seen = tower.represent(slots["history"], target, inputs["user"])
-        changed = tower.represent(slots["history"].flip(0) * -2, target, inputs["user"])
-        assert not torch.allclose(seen, changed)
+        changed = [tower.represent(slots["history"].flip(0) * -2, target, inputs["user"])]
+        with torch.no_grad():
+            for name, value in tower.named_parameters():
+                if name in declared.on_device:
+                    value.add_(1.0)
+        changed.append(tower.represent(slots["history"], target, inputs["user"]))
+        assert not all(torch.allclose(seen, each) for each in changed), "every user looks the same"
 
     def test_a_user_without_a_history_gets_finite_scores(self) -> None:
         declared = self.declare()
