@@ -1,17 +1,24 @@
 """What one visit costs a device: processor seconds and memory with MNN, onnxruntime and torch, each in a fresh process.
 
-    python benchmarks/device.py [--json FILE] [--repeat N]
+    python benchmarks/device.py [--json FILE] [--repeat N] [--only local|network]
 
 The visit is of ``dssm`` (64 dimensions, 200 history slots, 200 negatives, a batch of 32) with 20 steps, from a bundle
 that is made first. *bare* is what cannot be undercut: a script of one process that loads the same MNN file with numpy
 and MNN alone, checks nothing, and runs as many steps. Processor seconds are of the whole process and its children;
 memory is the proportional set size summed over them, at its highest. The programs run in turns, so that a neighbour's
 load falls on all of them alike; medians are printed.
+
+*Over the network* is the same visit as `fedtower device` makes it, at a server that `fedtower serve` started: TLS,
+check in, plan, artefacts, rows, 20 steps in MNN, submit, acknowledged when it is durable. The first visit enrols and
+fetches the bundle, another one what has changed. CPU, memory and *wall* are of the whole process, in which it also
+waits for a round to begin; *visit* is from its task to the acknowledgement. Bytes are those of the line, TLS and HTTP/2
+included, counted on the way. What others need for a client that fetches, trains and sends once is quoted.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import platform
@@ -19,7 +26,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,6 +37,35 @@ from typing import Any
 import numpy as np
 
 STEPS, SLOTS, NEGATIVES, BATCH = 20, 200, 200, 32
+
+# The same visit at a server: whoever calls is the cohort.
+SERVED = {
+    "data.users": 200,
+    "data.items": 1682,
+    "data.mean_events": 150,
+    "model.dim": 64,
+    "local.steps": STEPS,
+    "local.batch_size": BATCH,
+    "local.negatives": NEGATIVES,
+    "local.history_length": SLOTS // 2,
+    "cohort.size": 1,
+    "rounds": 10_000,
+    "evaluation.every": 10_000,
+    "checkpoint.every": 10_000,
+    "transport.name": "grpc",
+    "transport.wait_for": 1,
+    "transport.presence_seconds": 3.0,
+    "transport.deadline_seconds": 10.0,  # a round may be for the device that has just left
+    "mode": "deployed",
+}
+
+# A client that fetches, trains and sends once, the whole process: CPU seconds and MB; FINDINGS of this project.
+OTHERS = {
+    "Flower's SuperNode": (5.6, 552),
+    "Flower's older client, torch": (3.7, 389),
+    "grpc and torch": (2.4, 319),
+    "grpc and MNN, a script": (0.13, 54),
+}
 
 COMMON = """
 import sys, time
@@ -132,28 +171,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--only", choices=["local", "network"])
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="fedtower-benchmark-") as name:
-        folder = Path(name)
-        subprocess.run([sys.executable, __file__, "--prepare", name], check=True)
-        runs: dict[str, list[dict[str, float]]] = {program: [] for program in PROGRAMS}
-        for _ in range(arguments.repeat):
-            for program, text in PROGRAMS.items():
-                runs[program].append(measure(text, folder))
-        sizes = {path.name: path.stat().st_size for path in sorted((folder / "bundle").iterdir())}
-    table = {
-        program: {key: statistics.median(run[key] for run in held) for key in held[0]} for program, held in runs.items()
-    }
-    libraries = ("numpy", "MNN", "onnxruntime", "torch")
+    local = {} if arguments.only == "network" else locally(arguments.repeat)
+    network = {} if arguments.only == "local" else over_the_network(arguments.repeat)
+    libraries = ("numpy", "MNN", "onnxruntime", "torch", "grpcio")
     about = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end",
         "python": platform.python_version(),
         "versions": {library: metadata.version(library) for library in libraries},
         "date": time.strftime("%Y-%m-%d"),
         "steps": STEPS,
         "repeat": arguments.repeat,
     }
-    print(f"one visit of {STEPS} steps, medians of {arguments.repeat} interleaved runs; {about}")
+    print(about)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({**about, **local, "network": network}, indent=1) + "\n")
+
+
+def locally(repeat: int) -> dict[str, Any]:
+    """A visit of each program, without a network."""
+    with tempfile.TemporaryDirectory(prefix="fedtower-benchmark-") as name:
+        folder = Path(name)
+        subprocess.run([sys.executable, __file__, "--prepare", name], check=True)
+        runs: dict[str, list[dict[str, float]]] = {program: [] for program in PROGRAMS}
+        for _ in range(repeat):
+            for program, text in PROGRAMS.items():
+                runs[program].append(measure(text, folder))
+        sizes = {path.name: path.stat().st_size for path in sorted((folder / "bundle").iterdir())}
+    table = {
+        program: {key: statistics.median(run[key] for run in held) for key in held[0]} for program, held in runs.items()
+    }
+    print(f"one visit of {STEPS} steps, medians of {repeat} interleaved runs")
     print(f"{'':18}{'CPU s':>8}{'import':>8}{'PSS MB':>8}{'processes':>11}{'x bare CPU':>12}{'x bare PSS':>12}")
     bare = table["bare MNN script"]
     for program, each in table.items():
@@ -163,8 +212,7 @@ def main() -> None:
             f"{each['pss_megabytes'] / bare['pss_megabytes']:12.2f}"
         )
     print("files: " + ", ".join(f"{name} {size:,} bytes" for name, size in sizes.items()))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps({**about, "table": table, "files": sizes}, indent=1) + "\n")
+    return {"table": table, "files": sizes}
 
 
 def measure(text: str, folder: Path) -> dict[str, float]:
@@ -198,6 +246,146 @@ def measure(text: str, folder: Path) -> dict[str, float]:
         "pss_megabytes": memory / 1e6,
         "processes": float(len(family)),
     }
+
+
+def over_the_network(repeat: int) -> dict[str, dict[str, float]]:
+    """First and later visits of `fedtower device` at a real server."""
+    runs: dict[str, list[dict[str, float]]] = {"first visit": [], "another visit": []}
+    with tempfile.TemporaryDirectory(prefix="fedtower-benchmark-") as name:
+        folder = Path(name)
+        fedtower("data", "shard", "dssm-synthetic", str(folder / "shards"), "-n", str(repeat), *options(SERVED))
+        fedtower("certs", str(folder / "keys"), "--host", "127.0.0.1")
+        fedtower("keygen", str(folder / "keys"))
+        credentials = str(folder / "keys" / "credentials.sqlite")
+        codes = fedtower("enrol", "codes", credentials, "-n", str(repeat), "--first-client", "0").split()
+        with serving(folder) as port, Relay(port) as relay:
+            for client, code in enumerate(codes):
+                for visit, more in (("first visit", ["--code", code]), ("another visit", [])):
+                    runs[visit].append(visit_of_device(folder, client, relay, more))
+    table = {
+        visit: {key: statistics.median(run[key] for run in held) for key in held[0]} for visit, held in runs.items()
+    }
+    print(f"\none visit of {STEPS} steps over the network, medians of {repeat}")
+    print(f"{'':18}{'CPU s':>8}{'wall s':>8}{'visit s':>9}{'PSS MB':>8}{'kB down':>9}{'kB up':>8}")
+    for visit, each in table.items():
+        print(
+            f"{visit:18}{each['cpu_seconds']:8.2f}{each['wall_seconds']:8.2f}{each['visit_seconds']:9.2f}"
+            f"{each['pss_megabytes']:8.1f}{each['bytes_down'] / 1e3:9.0f}{each['bytes_up'] / 1e3:8.0f}"
+        )
+    for program, (cpu, memory) in OTHERS.items():
+        print(f"{program:44}{cpu:5.2f} CPU s, {memory} MB (quoted)")
+    return table
+
+
+def visit_of_device(folder: Path, client: int, relay: Relay, more: Sequence[str]) -> dict[str, float]:
+    """One task of one device, in a process of its own."""
+    data = folder / "shards" / f"client-{client:06d}.safetensors"
+    called = ["device", "--server", f"127.0.0.1:{relay.port}", "--data", str(data), "--keys", str(folder / "keys")]
+    command = [sys.executable, "-m", "fedtower", *called, "--tasks", "1", "--json", *more]
+    down, up, started = relay.down, relay.up, time.monotonic()
+    with (folder / "said").open("w+") as said:
+        process = subprocess.Popen(command, stdout=said)
+        most = 0
+        while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
+            most = max(most, family_pss(process.pid))
+            time.sleep(0.02)
+        seconds, used = time.monotonic() - started, ended[2]
+        process.returncode = os.waitstatus_to_exitcode(ended[1])
+        said.seek(0)
+        events = [json.loads(line) for line in said]
+    done = [event["seconds"] for event in events if event["event"] == "done"]
+    if process.returncode or not done:
+        raise SystemExit(f"the device ended with {process.returncode}, and said {events}")
+    return {
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "wall_seconds": seconds,
+        "visit_seconds": done[0],
+        "pss_megabytes": most / 1e6,
+        "bytes_down": float(relay.down - down),
+        "bytes_up": float(relay.up - up),
+    }
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[int]:
+    """A server of the model, and its port."""
+    command = [sys.executable, "-m", "fedtower", "serve", "dssm-synthetic", "--port", "0", *options(SERVED)]
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            [*command, "--keys", str(folder / "keys"), "--runs", str(folder / "runs")], stdout=log, stderr=log
+        )
+        try:
+            while "waiting for" not in (folder / "server.log").read_text():
+                if server.poll() is not None:
+                    raise SystemExit((folder / "server.log").read_text())
+                time.sleep(0.1)
+            (ready,) = (folder / "runs").glob("*/intake.json")
+            yield int(json.loads(ready.read_text())["port"])
+        finally:
+            server.terminate()
+            server.wait()
+
+
+class Relay:
+    """A port that passes everything on to another, and counts the bytes."""
+
+    def __init__(self, to: int) -> None:
+        self.port = self.down = self.up = 0
+        self._to, self._ready = to, threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Relay:
+        self._thread.start()
+        self._ready.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _run(self) -> None:
+        server = self._loop.run_until_complete(asyncio.start_server(self._connected, "127.0.0.1", 0))
+        self.port = server.sockets[0].getsockname()[1]
+        self._ready.set()
+        self._loop.run_forever()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self._to)
+        await asyncio.gather(self._pass(reader, back, "up"), self._pass(there, writer, "down"))
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
+        try:
+            while data := await reader.read(1 << 16):
+                setattr(self, way, getattr(self, way) + len(data))
+                writer.write(data)
+                await writer.drain()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+
+def fedtower(*arguments: str) -> str:
+    """What a command prints."""
+    command = [sys.executable, "-m", "fedtower", *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def options(settings: dict[str, Any]) -> list[str]:
+    """Settings as a command line has them."""
+    return [each for key, value in settings.items() for each in ("-o", f"{key}={json.dumps(value)}")]
+
+
+def family_pss(pid: int) -> int:
+    """The memory of a process and of all that it started, as far as they are still there."""
+    total = 0
+    try:
+        for each in [pid, *children_of(pid)]:
+            total += pss_bytes(each)
+    except (OSError, StopIteration):
+        return 0
+    return total
 
 
 def children_of(pid: int) -> list[int]:

@@ -82,8 +82,12 @@ class GridSum:
         counted = self._integers("the weights", np.ones(len(block)), scale, clients, block)
         self._weight += int(counted.sum())
         for name, delta in block.dense.items():
-            total = self._integers(name, delta, scale, clients, block).sum(axis=0)
-            self._dense[name] = self._dense[name] + total if name in self._dense else total
+            each = self._integers(name, delta, scale, clients, block)
+            total = each[0] if len(each) == 1 else each.sum(axis=0)  # a device's block needs no copy
+            if name in self._dense:
+                self._dense[name] += total
+            else:
+                self._dense[name] = total
         for table, rows in block.rows.items():
             owners = rows.owners
             refuse_repeated_rows(table, rows, owners, block)
@@ -117,8 +121,10 @@ class GridSum:
         (n,) of ``block``.
         """
         with np.errstate(invalid="ignore"):  # what is not finite is refused below
-            rounded = np.rint(values * scale.reshape(-1, *([1] * (values.ndim - 1))))
-            largest = np.abs(rounded).max(axis=tuple(range(1, values.ndim)), initial=0)
+            rounded = np.asarray(values * scale.reshape(-1, *([1] * (values.ndim - 1))))
+            np.rint(rounded, out=rounded)
+            axes = tuple(range(1, values.ndim))
+            largest = np.maximum(rounded.max(axis=axes, initial=0), -rounded.min(axis=axes, initial=0))
             reach = np.zeros(len(block))
             np.maximum.at(reach, owners, largest)
         if not np.all(np.isfinite(reach)):

@@ -145,7 +145,8 @@ def _refusals(
     nobody = np.zeros(len(block), dtype=bool)
     unfit = ~np.isfinite(block.weights) | (block.weights < 0)
     weights = np.where(unfit, 0.0, block.weights)
-    reach = _reach(block)
+    norm = None if settings.max_norm is None else block.norms
+    reach = _reach(block, norm)
     down = block.metrics.get("bytes_down", np.zeros(len(block)))
     with np.errstate(over="ignore", invalid="ignore"):  # what is infinite is too large, and what is NaN not finite
         too_large = weights * np.fmax(reach, 1.0) > _share(_MOST_AT_LIMIT if cohort is None else len(cohort))
@@ -158,8 +159,8 @@ def _refusals(
         Reason.NOT_FINITE: ~np.isfinite(reach) | ~np.isfinite(down) | (down < 0),
         Reason.TOO_LARGE: too_large,
     }
-    if settings.max_norm is not None:
-        refusals[Reason.NORM] = ~(block.norms <= settings.max_norm)
+    if norm is not None and settings.max_norm is not None:
+        refusals[Reason.NORM] = ~(norm <= settings.max_norm)
     for table, part in strange.items():
         given = part.row_ids >= 0 if table not in leased else _given(part, leased[table].rows)
         for reason, entries in ((Reason.ROW_REPEATED, _repeated(part)), (Reason.ROW_NOT_LEASED, ~given)):
@@ -186,10 +187,12 @@ def _share(clients: int) -> float:
     return LIMIT * GRID / (2 * min(max(clients, 1), _MOST_AT_LIMIT))
 
 
-def _reach(block: Updates) -> FloatArray:
-    """How large no delta of each client is, (C,): the largest of the block, where that is harmless, and else of each
-    client by itself; NaN where one is not a number.
+def _reach(block: Updates, norm: FloatArray | None = None) -> FloatArray:
+    """How large no delta of each client is, (C,): their ``norm``, where it is known, or the largest of the block, where
+    that is harmless, and else of each client by itself; NaN where one is not a number.
     """
+    if norm is not None and np.all(norm <= 1.0):  # no number is larger, and none is NaN
+        return norm
     arrays = [*block.dense.values(), *(part.row_deltas for part in block.rows.values())]
     largest = max((_largest(array.reshape(1, -1))[0] for array in arrays), default=0.0, key=_nan_first)
     if largest <= 1.0:  # one pass at the speed of memory; a second one only where something may be wrong

@@ -85,7 +85,8 @@ class GroupCommit(Generic[Order, Prepared, Answer]):
                 )
             self._waiting.append(waiting)
             self._nbytes += nbytes
-            self._changed.notify()
+            if len(self._waiting) == 1 or self._is_full():  # nobody is woken to find that there is more to wait for
+                self._changed.notify()
         return waiting.future
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -67,8 +68,13 @@ Clock = Callable[[], Instant]
 
 def since_boot() -> Instant:
     """Now, by CLOCK_BOOTTIME: it goes on while the machine sleeps, and nobody can set it."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-    return Instant(boot, time.clock_gettime(time.CLOCK_BOOTTIME))
+    return Instant(_boot(), time.clock_gettime(time.CLOCK_BOOTTIME))
+
+
+@cache
+def _boot() -> str:
+    """Which start of the machine this is: no process sees another."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
 
 
 @dataclass(frozen=True)
@@ -112,14 +118,14 @@ class Lease:
 
 @dataclass(frozen=True)
 class Upload:
-    """What a client sent under a lease: chunks as they came, and the SHA-256 over all of them.
+    """What a client sent under a lease: chunks as they lie in memory, and the SHA-256 over all of them.
 
     Whoever makes one has checked the digest already; a journal checks it when it reads.
     """
 
     lease: bytes
     digest: bytes
-    chunks: Sequence[bytes] = field(repr=False)
+    chunks: Sequence[bytes | memoryview] = field(repr=False)
 
     @classmethod
     def of(cls, lease: bytes, payload: bytes) -> Upload:

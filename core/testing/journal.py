@@ -332,7 +332,7 @@ class JournalPromises(Promises):
             outcomes = [[future.result() for future in each] for each in futures]
         for pair in zip(*outcomes, strict=True):
             assert sorted(pair) == [Outcome.ACCEPTED, Outcome.DUPLICATE]
-        assert sorted(payloads(journal)) == sorted(upload.chunks[0] for upload in uploads)
+        assert sorted(payloads(journal)) == sorted(bytes(upload.chunks[0]) for upload in uploads)
         assert journal.record(1, "train").accepted == 60
 
     def test_two_intakes_give_a_client_one_lease(self, journal: Journal, place: Place) -> None:

@@ -63,7 +63,7 @@ class Segment:
     def append(self, uploads: Sequence[Upload]) -> list[Place]:
         """Where the payloads lie now, on the disk itself; after an OSError nothing may be appended any more."""
         places, end = list[Place](), self.end
-        pieces = list[bytes]()
+        pieces = list[bytes | memoryview]()
         for upload in uploads:
             places.append(Place(self.number, end, upload.nbytes))
             pieces += [_header(upload), *upload.chunks]
@@ -150,7 +150,7 @@ def _header(upload: Upload) -> bytes:
     return header_bytes(upload.nbytes, upload.lease, upload.digest)
 
 
-def _write_all(file: int, pieces: Sequence[bytes]) -> None:
+def _write_all(file: int, pieces: Sequence[bytes | memoryview]) -> None:
     for start in range(0, len(pieces), _PIECES):
         several = pieces[start : start + _PIECES]
         written, wanted = os.writev(file, several), sum(map(len, several))

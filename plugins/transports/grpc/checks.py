@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +36,12 @@ class Expected:
     rows: Mapping[str, RowSource] = field(default_factory=dict)
     settings: CheckSettings = field(default_factory=CheckSettings)
     transforms: Sequence[Transform] = ()
+
+    @cached_property
+    def cohort(self) -> Cohort:
+        """Who may take part."""
+        clients = self.window.clients
+        return Cohort(self.window.round, clients, int(clients[-1]) + 1)
 
 
 def expected_of(window: Window, artefacts: ArtefactStore, federation: str, registry: Registry) -> Expected:
@@ -81,7 +88,7 @@ def refuse_unfit(
                     Reason.NOT_FINITE, f"{caller.whose} says that its {name!r} is {each.total} of {each.cases}"
                 )
         return
-    window, updates = expected.window, submission.updates
+    updates = submission.updates
     weight, count = float(updates.weights[0]), submission.num_examples
     if (weight > 0 and count == 0) or (examples is not None and count > examples):
         raise Refused(
@@ -93,14 +100,14 @@ def refuse_unfit(
         for name, source in expected.rows.items()
         for ids in [given.get(name, np.zeros(0, dtype=np.int64))]
     }
-    cohort = Cohort(window.round, window.clients, int(window.clients[-1]) + 1)
     try:
         decoded = decode(expected.transforms, updates)
     except Exception as error:  # whatever a decoder can raise at the bytes of a stranger
         raise Refused(
             Reason.WRONG_CODEC, f"the update of {caller.whose} cannot be decoded: {type(error).__name__}: {error}"
         ) from error
-    objection = check(decoded, expected.plan, cohort, expected.settings, leased if expected.plan.train_rows else {})[0]
+    leased = leased if expected.plan.train_rows else {}
+    objection = check(decoded, expected.plan, expected.cohort, expected.settings, leased)[0]
     if objection is not None:
         raise refusal_of_check(objection, caller.client)
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from fedtower.core.jagged import Encoded
 from fedtower.core.updates import FloatArray, IntArray, Rows, Updates
-from fedtower.plugins.transports.grpc.bounds import parse
+from fedtower.plugins.transports.grpc.bounds import CALL_BYTES, parse, varint
+from fedtower.plugins.transports.grpc.lifted import Data, parse_lifted
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
 from fedtower.plugins.transports.grpc.tensors import Array, named, shaped, to_array, to_tensor
 from fedtower.protos.v1 import federation_pb2 as pb
@@ -25,6 +26,7 @@ PROTOCOL = 1
 MOST_TENSORS = 4_096
 MOST_TABLES = 256
 MOST_METRICS = 256
+_PART_DATA = bytes([pb.SubmitPart.DESCRIPTOR.fields_by_name["data"].number << 3 | 2])
 
 Task = Literal["train", "evaluate"]
 
@@ -88,16 +90,32 @@ def encode_submission(submission: Submission) -> bytes:
     return message.SerializeToString(deterministic=True)
 
 
-def decode_submission(data: bytes, client: int, *, most_bytes: int) -> Submission:
+def data_of_part(part: bytes, whose: str) -> memoryview:
+    """What a part of an upload brings, read-only and not copied.
+
+    Raises:
+        Refused: it is a header, or no part.
+    """
+    if part[:1] == _PART_DATA and len(part) <= CALL_BYTES:
+        length, at = varint(part, 1, len(part), whose)
+        if at + length == len(part):  # nothing else is in it
+            return memoryview(part)[at:]
+    message = parse(pb.SubmitPart, part, whose=whose)
+    if message.WhichOneof("part") != "data":
+        raise Refused(Reason.CORRUPT, f"an upload of {whose} has a second header")
+    return memoryview(message.data)
+
+
+def decode_submission(data: bytes | memoryview, client: int, *, most_bytes: int) -> Submission:
     """The submission that ``data`` is, of the client that the lease was given to: a message cannot claim to be another.
 
-    Its arrays are read-only.
+    Its arrays are read-only; those of a large one look at ``data`` itself.
 
     Raises:
         Refused: with the reason.
     """
     whose = f"client {client}"
-    message = parse(pb.Update, data, most_bytes=most_bytes, whose=whose)
+    message, at = parse_lifted(pb.Update, data, most_bytes=most_bytes, whose=whose)
     refuse_other_protocol(message.protocol, whose)
     for what, held, most in (
         ("tensors", len(message.dense) + len(message.encoded), MOST_TENSORS),
@@ -113,8 +131,8 @@ def decode_submission(data: bytes, client: int, *, most_bytes: int) -> Submissio
         _belongs(message, whose),
         Updates(
             weights=np.array([message.weight]),
-            dense={named(each.name, "a delta", whose): _delta(each, whose)[None] for each in message.dense},
-            rows={named(each.table, "rows of a table", whose): _rows(each, whose) for each in message.rows},
+            dense={named(each.name, "a delta", whose): _delta(each, at, whose)[None] for each in message.dense},
+            rows={named(each.table, "rows of a table", whose): _rows(each, at, whose) for each in message.rows},
             clients=np.array([client], dtype=np.int64),
             rounds=np.array([_whole(message.round, "round", whose)], dtype=np.int64),
             metrics={named(name, "a metric", whose): np.array([value]) for name, value in message.metrics.items()},
@@ -149,8 +167,8 @@ def _belongs(message: pb.Update, whose: str) -> Belongs:
     return Belongs(message.federation, message.model, _whole(message.round, "round", whose), message.lease, task)
 
 
-def _delta(tensor: pb.Tensor, whose: str) -> FloatArray:
-    array = to_array(tensor, whose)
+def _delta(tensor: pb.Tensor, at: Data, whose: str) -> FloatArray:
+    array = to_array(tensor, whose, at.of(tensor))
     if array.dtype != np.float32:
         raise Refused(Reason.WRONG_DTYPE, f"{whose} sent {tensor.name!r} as {array.dtype}; deltas are float32")
     return array
@@ -161,8 +179,8 @@ def _encoded(message: pb.Encoded, whose: str) -> Encoded:
     return Encoded.of(codec, shape, [message.data])
 
 
-def _rows(message: pb.RowDeltas, whose: str) -> Rows:
-    ids, deltas = to_array(message.ids, whose), _delta(message.deltas, whose)
+def _rows(message: pb.RowDeltas, at: Data, whose: str) -> Rows:
+    ids, deltas = to_array(message.ids, whose, at.of(message.ids)), _delta(message.deltas, at, whose)
     if ids.dtype not in (np.uint32, np.int64):
         raise Refused(
             Reason.WRONG_DTYPE, f"{whose} sent rows of {message.table!r} with ids of {ids.dtype}; int64 they are"

@@ -13,6 +13,7 @@ import os
 import secrets
 import sqlite3
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from pathlib import Path
 from typing import Literal
 
 from fedtower.core.errors import StorageError, TrustError
+from fedtower.plugins.transports.grpc.last_write import LastWrite
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
 
 _BUSY_SECONDS = 5.0
 ATTEMPT_BYTES = 16
 _MOST_LETTERS = 256
 _NO_HASH = bytes(32)
+_MOST_KNOWN = 8_192
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS codes (
@@ -68,6 +71,10 @@ class Credentials:
         with self._said():
             self._db, self._reader = self._connect(), self._connect()
             self._db.executescript(_SCHEMA)
+            self._reader.execute("SELECT 1 FROM devices LIMIT 1").fetchone()
+        # Asked for with every call: while nobody writes to the file, those who called are known without looking.
+        self._last_write = LastWrite(path)
+        self._as_of, self._known = b"", OrderedDict[str, _Found]()
 
     def _connect(self) -> sqlite3.Connection:
         """One connection writes, and one reads, which in WAL mode does not wait for what is being written."""
@@ -81,6 +88,7 @@ class Credentials:
         with self._lock, self._reading:
             self._reader.close()
             self._db.close()
+            self._last_write.close()
 
     # What an operator does
 
@@ -184,7 +192,7 @@ class Credentials:
             Refused: ``UNKNOWN_DEVICE`` or ``REVOKED``. Whether id or secret was wrong is neither said nor to be timed.
         """
         public, secret = _halves(token)
-        found = self._look("id = ?", public)
+        found = self._known_token(public)
         device, digest, used = found or (None, None, 1)
         right = hmac.compare_digest(digest or _NO_HASH, _hash(secret))
         if device is None or digest is None or not right:
@@ -223,13 +231,27 @@ class Credentials:
             self._db.execute(f"PRAGMA busy_timeout = {1_000 * _BUSY_SECONDS:.0f}")
             self._lock.release()
 
-    def _look(self, where: str, *values: object) -> tuple[Device, bytes | None, int] | None:
+    def _known_token(self, public: str) -> _Found | None:
+        with self._reading:
+            now = self._last_write()
+            if now != self._as_of:
+                self._as_of, self._known = now, OrderedDict()
+            if public in self._known:
+                self._known.move_to_end(public)
+                return self._known[public]
+        found = self._look("id = ?", public)
+        with self._reading:
+            if found is not None and now == self._as_of:
+                self._known[public] = found
+                if len(self._known) > _MOST_KNOWN:
+                    self._known.popitem(last=False)
+        return found
+
+    def _look(self, where: str, *values: object) -> _Found | None:
         with self._reading, self._said():
             return self._find(where, *values, among=self._reader)
 
-    def _find(
-        self, where: str, *values: object, among: sqlite3.Connection | None = None
-    ) -> tuple[Device, bytes | None, int] | None:
+    def _find(self, where: str, *values: object, among: sqlite3.Connection | None = None) -> _Found | None:
         row = (
             (among or self._db).execute(f"SELECT {_COLUMNS}, token, used FROM devices WHERE {where}", values).fetchone()
         )
@@ -279,6 +301,7 @@ class Credentials:
             raise TrustError(f"{self._path} is no file of credentials, or is damaged: {error}") from error
 
 
+_Found = tuple[Device, bytes | None, int]
 _COLUMNS = "id, client, name, state, certificate"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +17,11 @@ from typing import Any, Protocol, TypeVar
 
 from fedtower.core.journal import Journal, Lease, Outcome, RoundRecord, Task, Upload
 from fedtower.core.registry import Registry
+from fedtower.plugins.transports.grpc.answers import Answers
 from fedtower.plugins.transports.grpc.artefact_store import ArtefactStore
 from fedtower.plugins.transports.grpc.bounds import parse
 from fedtower.plugins.transports.grpc.checks import Expected, expected_of, refuse_unfit
-from fedtower.plugins.transports.grpc.codec import decode_submission, refuse_other_protocol
+from fedtower.plugins.transports.grpc.codec import data_of_part, decode_submission, refuse_other_protocol
 from fedtower.plugins.transports.grpc.leased import LeasedRows, keep_only
 from fedtower.plugins.transports.grpc.meters import Meters
 from fedtower.plugins.transports.grpc.presence import Presence
@@ -34,6 +35,8 @@ from fedtower.protos.v1 import federation_pb2 as pb
 Result = TypeVar("Result")
 
 CHUNK_BYTES = 256 << 10
+_SMALL = 64 << 10  # to check so few bytes takes less than to hand them to another thread and back
+_PIECE = 2047
 _LOOK_SECONDS = 0.05  # how old what is known of the windows may be
 _TASKS: Mapping[str, pb.Task.ValueType] = {"train": pb.TASK_TRAIN, "evaluate": pb.TASK_EVALUATE}
 _about: ContextVar[tuple[int, Task] | None] = ContextVar("about", default=None)
@@ -76,7 +79,7 @@ class Limits:
     """What one intake takes at most."""
 
     upload_bytes: int = 256 << 20
-    memory_bytes: int = 64 << 20
+    memory_bytes: int = 24 << 20
     come_back_seconds: float = 2.0
     presence_seconds: float = 30.0
     header_seconds: float = 20.0
@@ -119,6 +122,8 @@ class Intake:
         self.staging = Staging(self.folder / "staging", self.limits.upload_bytes)
         self.leased = LeasedRows(self.folder / "leased")
         self._memory = Room(self.limits.memory_bytes, self.limits.slow_seconds)
+        self._answers = Answers()
+        self._checking = ThreadPoolExecutor(1, "check")
 
     async def check_in(self, caller: Caller, data: bytes) -> pb.CheckInReply:
         """A lease, or when to come back."""
@@ -225,12 +230,17 @@ class Intake:
     async def _submitted(self, caller: Caller, parts: AsyncIterator[bytes]) -> pb.SubmitReply:
         header = await self._header(caller, parts)
         round, task = self._lease_of(caller, header.lease)
-        async with self._memory.room(header.size) as room:
+        async with self._memory.room(header.size + _besides(header.size)) as room:
             async with room.receiving(header.lease, caller.whose):
                 data = _data_of(parts, caller.whose)
                 payload = await self.staging.receive((round, task), header, caller.whose, data)
             self.meters.received(len(payload))
-            await asyncio.to_thread(self._check, caller, round, task, header, payload)
+            expected = self._waits_for(round, task)
+            if len(payload) <= _SMALL:
+                self._check(caller, expected, header, payload)
+            else:
+                loop = asyncio.get_running_loop()
+                await loop.run_in_executor(self._checking, self._check, caller, expected, header, payload)
             try:
                 outcome = await self._durable(self.journal.accept(Upload(header.lease, header.digest, (payload,))))
             finally:
@@ -265,15 +275,27 @@ class Intake:
             )
         return header
 
-    def _check(self, caller: Caller, round: int, task: Task, header: pb.SubmitHeader, payload: bytes) -> None:
+    def _check(self, caller: Caller, expected: Expected | None, header: pb.SubmitHeader, payload: memoryview) -> None:
         """Raise Refused unless these bytes may count; a round that is over is the journal's matter."""
-        if hashlib.sha256(payload).digest() != header.digest:
+        if _sha256(payload) != header.digest:
             raise Refused(Reason.CORRUPT, f"an update of {caller.whose} is not what its digest says; send it again")
         submission = decode_submission(payload, caller.client, most_bytes=self.limits.upload_bytes)
-        expected = self._open.get((round, task))
-        if expected is not None:
-            given, examples = self.leased.of((round, task), header.lease)
-            refuse_unfit(submission, expected.expected, header.lease, caller, given, examples)
+        if expected is None:
+            return
+        window = (expected.window.round, expected.window.task)
+        try:
+            refuse_unfit(submission, expected, header.lease, caller, *self.leased.known(window, header.lease))
+        except Refused:  # another intake may have given out more
+            refuse_unfit(submission, expected, header.lease, caller, *self.leased.of(window, header.lease))
+
+    def _waits_for(self, round: int, task: Task) -> Expected | None:
+        """What a window is held to; nothing, where the journal says that it is not open."""
+        self._windows()
+        if (round, task) not in self._open:  # opened this moment, or this process has just begun
+            self._looked = -1.0
+            self._windows()
+        held = self._open.get((round, task))
+        return None if held is None else held.expected
 
     def _lease_of(self, caller: Caller, lease: bytes) -> tuple[int, Task]:
         """The round and task of a lease. Raises Refused for one that is not the caller's."""
@@ -329,7 +351,7 @@ class Intake:
 
     async def _durable(self, promised: Future[Result]) -> Result:
         """What the journal says, once it is on the disk."""
-        return await asyncio.wrap_future(promised)
+        return await self._answers.of(promised)
 
     def _seconds_left(self, lease: Lease, window: Window) -> float:
         """How long a lease lives; a journal elsewhere has a clock of its own, and its leases are as long as any."""
@@ -338,6 +360,23 @@ class Intake:
 
     def _pause(self) -> float:
         return self.limits.come_back_seconds
+
+
+def _besides(size: int) -> int:
+    """What an upload takes in memory besides itself, about: the call, and parts of it on their way."""
+    return min(max(size, 64 << 10), 1 << 20)
+
+
+def _sha256(payload: memoryview) -> bytes:
+    """The digest. Of a small payload in pieces of which each is too short for hashlib to let another thread run: the
+    loop would wait for its turn for longer than the hash takes.
+    """
+    if len(payload) > _SMALL:
+        return hashlib.sha256(payload).digest()
+    digest = hashlib.sha256()
+    for at in range(0, len(payload), _PIECE):
+        digest.update(payload[at : at + _PIECE])
+    return digest.digest()
 
 
 def _offers(windows: list[Window], client: int) -> Iterator[tuple[Window, int | None]]:
@@ -367,12 +406,9 @@ def _lease_message(lease: Lease, window: Window, seconds_left: float) -> pb.Leas
     )
 
 
-async def _data_of(parts: AsyncIterator[bytes], whose: str) -> AsyncIterator[bytes]:
+async def _data_of(parts: AsyncIterator[bytes], whose: str) -> AsyncIterator[memoryview]:
     async for data in parts:
-        part = parse(pb.SubmitPart, data, whose=whose)
-        if part.WhichOneof("part") != "data":
-            raise Refused(Reason.CORRUPT, f"an upload of {whose} has a second header")
-        yield part.data
+        yield data_of_part(data, whose)
 
 
 def _refuse_outcome(outcome: Outcome, caller: Caller, round: int) -> None:

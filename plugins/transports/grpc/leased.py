@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import defaultdict
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections import OrderedDict, defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,23 +35,37 @@ def keep_only(folder: Path, windows: Collection[tuple[int, Task]]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+Given = tuple[Mapping[str, IntArray], int | None]
+
+_MOST_KNOWN = 1 << 20  # numbers in memory, 8 MB
+_ENTRY = 64  # what an array, and what it lies in, takes besides
+
+
 @dataclass(frozen=True)
 class LeasedRows:
-    """One file a lease, appended to, in a folder a window."""
+    """One file a lease, appended to, in a folder a window; what this process gave out lately, it knows without."""
 
     folder: Path
+    _lately: _Lately = field(default_factory=lambda: _Lately(), repr=False)
 
     def note(self, window: tuple[int, Task], lease: bytes, source: str, ids: IntArray) -> None:
         """Rows of a source are given out."""
-        self._append(window, lease, source, ids.tolist())
+        self._append(window, lease, source, ids)
 
     def note_examples(self, window: tuple[int, Task], lease: bytes, count: int) -> None:
         """The device says how many examples it has."""
-        self._append(window, lease, _EXAMPLES, [count])
+        self._append(window, lease, _EXAMPLES, np.array([count], dtype=np.int64))
 
-    def of(self, window: tuple[int, Task], lease: bytes) -> tuple[Mapping[str, IntArray], int | None]:
+    def known(self, window: tuple[int, Task], lease: bytes) -> Given:
+        """As :meth:`of`, but of what this process has given out lately, if it was asked from the beginning: another
+        process may have given out more.
+        """
+        given = _given(self._lately.of(lease))
+        return self.of(window, lease) if given[1] is None else given
+
+    def of(self, window: tuple[int, Task], lease: bytes) -> Given:
         """The distinct ids that were given out, sorted, by source; and how many examples the device said it has."""
-        found: dict[str, list[int]] = defaultdict(list)
+        found: list[tuple[str, IntArray]] = []
         try:
             lines = (self.folder / folder_of(*window) / lease.hex()).read_bytes().splitlines()
         except FileNotFoundError:
@@ -61,15 +75,50 @@ class LeasedRows:
                 source, ids = json.loads(line)
             except ValueError:  # the last line of a process that was killed
                 continue
-            found[source].extend(ids)
-        said = found.pop(_EXAMPLES, None)
-        given = {source: np.unique(np.array(ids, dtype=np.int64)) for source, ids in found.items()}
-        return given, None if said is None else max(said)
+            found.append((source, np.array(ids, dtype=np.int64)))
+        return _given(found)
 
-    def _append(self, window: tuple[int, Task], lease: bytes, source: str, values: list[int]) -> None:
-        line = json.dumps([source, values]).encode() + b"\n"
+    def _append(self, window: tuple[int, Task], lease: bytes, source: str, values: IntArray) -> None:
+        line = json.dumps([source, values.tolist()]).encode() + b"\n"
         place = self.folder / folder_of(*window)
         with storage_errors(self.folder):
-            place.mkdir(parents=True, exist_ok=True)
-            with (place / lease.hex()).open("ab") as file:
+            try:
+                file = (place / lease.hex()).open("ab")
+            except FileNotFoundError:
+                place.mkdir(parents=True, exist_ok=True)
+                file = (place / lease.hex()).open("ab")
+            with file:
                 file.write(line)
+        self._lately.add(lease, source, values)
+
+
+class _Lately:
+    """What was given out under the leases that were heard of last: some numbers a lease, and so many in all."""
+
+    def __init__(self) -> None:
+        self._held: OrderedDict[bytes, list[tuple[str, IntArray]]] = OrderedDict()
+        self._count = 0
+
+    def add(self, lease: bytes, source: str, values: IntArray) -> None:
+        self._held.setdefault(lease, []).append((source, values))
+        self._held.move_to_end(lease)
+        self._count += _ENTRY + len(values)
+        while self._count > _MOST_KNOWN:
+            self._count -= sum(_ENTRY + len(each) for _, each in self._held.popitem(last=False)[1])
+
+    def of(self, lease: bytes) -> Iterable[tuple[str, IntArray]]:
+        return self._held.get(lease, ())
+
+
+def _distinct(several: list[IntArray]) -> IntArray:
+    ids = several[0] if len(several) == 1 else np.concatenate(several)
+    return ids if np.all(ids[1:] > ids[:-1]) else np.unique(ids)  # mostly they are sorted and distinct: devices ask so
+
+
+def _given(found: Iterable[tuple[str, IntArray]]) -> Given:
+    by_source: dict[str, list[IntArray]] = defaultdict(list)
+    for source, ids in found:
+        by_source[source].append(ids)
+    said = by_source.pop(_EXAMPLES, None)
+    given = {source: _distinct(several) for source, several in by_source.items()}
+    return given, None if said is None else int(np.concatenate(said).max())

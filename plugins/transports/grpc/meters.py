@@ -23,6 +23,7 @@ class Meters:
         self._received = Counter("fedtower_received_bytes", "Bytes of updates that came in whole", registry=of)
         self._sent = Counter("fedtower_sent_bytes", "Bytes of artefacts and rows sent", registry=of)
         self._calls = Histogram("fedtower_call_seconds", "Seconds until a call was answered", ["call"], registry=of)
+        self._of_call: dict[str, Histogram] = {}
         self._round = Gauge("fedtower_round", "The newest round", ["task"], registry=of)
         self._accepted = Gauge("fedtower_round_updates", "Updates accepted in the newest round", ["task"], registry=of)
 
@@ -64,7 +65,9 @@ class Meters:
 
     def answered(self, call: str, seconds: float) -> None:
         """A call was answered."""
-        self._calls.labels(call).observe(seconds)
+        if call not in self._of_call:
+            self._of_call[call] = self._calls.labels(call)
+        self._of_call[call].observe(seconds)
 
     def windows(self, records: Sequence[RoundRecord]) -> None:
         """How far the rounds are."""

@@ -28,7 +28,7 @@ OPTIONS = (
     ("grpc.max_send_message_length", 2 * CALL_BYTES),
     # Without these two, memory grows with the number of large uploads.
     ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", 256 << 10),
+    ("grpc.http2.lookahead_bytes", 16 << 10),
     ("grpc.so_reuseport", 1),
     ("grpc.keepalive_permit_without_calls", 1),
     # A connection that does not come to TLS and HTTP/2 within this time, or that nobody calls over, or from which no

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedtower.core.checkpoint import storage_errors
@@ -12,6 +12,8 @@ from fedtower.core.journal import Task
 from fedtower.plugins.transports.grpc.leased import folder_of
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
 from fedtower.protos.v1 import federation_pb2 as pb
+
+_MOST_KEPT = 10_000
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Staging:
 
     folder: Path
     most_bytes: int
+    _kept: set[Path] = field(default_factory=set, repr=False)
 
     def held(self, window: tuple[int, Task], lease: bytes, digest: bytes) -> int:
         """How many bytes of an upload are here."""
@@ -31,41 +34,53 @@ class Staging:
             return 0
 
     async def receive(
-        self, window: tuple[int, Task], header: pb.SubmitHeader, whose: str, data: AsyncIterator[bytes]
-    ) -> bytes:
-        """The whole payload: what is here already, and what comes.
+        self, window: tuple[int, Task], header: pb.SubmitHeader, whose: str, data: AsyncIterator[memoryview]
+    ) -> memoryview:
+        """The whole payload, read-only: what is here already, and what comes. One that comes in one piece is not
+        copied; of a larger one each piece is, once, to its place.
 
         Raises:
             Refused: more or less came than was announced; what came of one that ends early is kept.
         """
         here = self._before(window, header, whose)
-        pieces, size = [here] if here else [], len(here)
+        whole, first, size = memoryview(b""), memoryview(here), len(here)
         try:
             async for piece in data:
-                size += len(piece)
-                if size > header.size:
+                if size + len(piece) > header.size:
+                    size = 0  # nothing of it is worth keeping
                     self.forget(window, header.lease, header.digest)
                     raise Refused(
                         Reason.TOO_LARGE, f"{whose} announced an update of {header.size:,} bytes, and more came"
                     )
-                pieces.append(piece)
+                if not size:
+                    first = piece
+                else:
+                    if not whole:
+                        whole = memoryview(bytearray(header.size))  # memory that is not written to takes no room
+                        whole[:size] = first
+                    whole[size : size + len(piece)] = piece
+                size += len(piece)
         finally:  # also when the line breaks, which ends this from outside
             if len(here) < size < header.size:
-                self._keep(window, header, len(here), b"".join(pieces)[len(here) :])
+                self._keep(window, header, len(here), (whole or first)[len(here) : size])
         if size < header.size:
             raise Refused(
                 Reason.TRUNCATED,
                 f"{whose} announced an update of {header.size:,} bytes, and {size:,} are here; send the rest",
                 retry_after_seconds=0.1,
             )
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return whole.toreadonly() if whole else first
 
     def forget(self, window: tuple[int, Task], lease: bytes, digest: bytes) -> None:
-        """Let go of what is here of an upload."""
+        """Let go of what is here of an upload. Of most there is nothing, and nobody looks; what an intake that was
+        killed has kept of one that was then sent anew goes with its window.
+        """
         path = self._path(window, lease, digest)
-        path.unlink(missing_ok=True)
-        with suppress(OSError):  # it is not there, or another upload is in it
-            path.parent.rmdir()
+        if path in self._kept:
+            self._kept.discard(path)
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # it is not there, or another upload is in it
+                path.parent.rmdir()
 
     def _before(self, window: tuple[int, Task], header: pb.SubmitHeader, whose: str) -> bytes:
         if not header.offset:
@@ -78,12 +93,17 @@ class Staging:
                 f"before going on",
                 retry_after_seconds=0.1,
             )
-        with self._path(window, header.lease, header.digest).open("rb") as file:
+        path = self._path(window, header.lease, header.digest)
+        self._kept.add(path)
+        with path.open("rb") as file:
             return file.read(header.offset)
 
-    def _keep(self, window: tuple[int, Task], header: pb.SubmitHeader, offset: int, data: bytes) -> None:
+    def _keep(self, window: tuple[int, Task], header: pb.SubmitHeader, offset: int, data: memoryview) -> None:
         with storage_errors(self.folder):
             path = self._path(window, header.lease, header.digest)
+            if len(self._kept) > _MOST_KEPT:
+                self._kept.clear()  # what is of these goes with its window
+            self._kept.add(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             # One upload a lease: who begins others without end would fill the disk.
             for other in path.parent.iterdir():

@@ -49,8 +49,8 @@ def to_tensor(array: Array, name: str = "") -> pb.Tensor:
     return pb.Tensor(name=name, dtype=_NUMBERS[dtype], shape=array.shape, data=data)
 
 
-def to_array(tensor: pb.Tensor, whose: str = "a device") -> Array:
-    """The array of a message, read-only: it looks at the message's own bytes.
+def to_array(tensor: pb.Tensor, whose: str = "a device", data: bytes | memoryview | None = None) -> Array:
+    """The array of a message, read-only: it looks at the message's own bytes, or at ``data`` in their place.
 
     Raises:
         Refused: ``WRONG_DTYPE``, ``TOO_LARGE`` (axes or entries), or ``WRONG_SHAPE`` where the bytes are not as many as
@@ -61,7 +61,7 @@ def to_array(tensor: pb.Tensor, whose: str = "a device") -> Array:
         raise Refused(
             Reason.WRONG_DTYPE, f"{whose} sent {tensor.name!r} with the dtype {tensor.dtype}, which there is not"
         )
-    data, shape = tensor.data, shaped(tensor.shape, tensor.name, whose)
+    data, shape = tensor.data if data is None else data, shaped(tensor.shape, tensor.name, whose)
     if len(data) != math.prod(shape) * dtype.itemsize:
         raise Refused(
             Reason.WRONG_SHAPE,

@@ -254,3 +254,25 @@ def test_a_file_that_is_locked_is_waited_for_and_then_said(
     lock.execute("ROLLBACK")
     lock.close()
     impatient.make_codes(1)
+
+
+def test_who_called_before_is_known_without_a_look_until_somebody_writes(tmp_path: Path) -> None:
+    here, elsewhere = Credentials(tmp_path / "devices"), Credentials(tmp_path / "devices")
+    devices = [here.enrol(code, "", bytes(16)) for code in here.make_codes(3)]
+    tokens = [token for _, token in devices]
+    for token in tokens * 2:  # the first call of each is itself a write
+        here.by_token(token)
+    looked: list[str] = []
+    here._reader.set_trace_callback(looked.append)
+    for token in tokens * 5:
+        here.by_token(token)
+    assert looked == []
+    elsewhere.revoke(devices[1][0].id)
+    assert here.by_token(tokens[0]) == devices[0][0]
+    assert len(looked) == 1
+    with pytest.raises(Refused) as refused:
+        here.by_token(tokens[1])
+    assert refused.value.reason is Reason.REVOKED
+    elsewhere.close()
+    assert here.by_token(tokens[2]) == devices[2][0]
+    here.close()
