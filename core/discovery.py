@@ -57,15 +57,13 @@ class Gate:
 
 def installed() -> list[Source]:
     """The entry points of the group: fedtower's own first, then by distribution and name."""
+    points, whose = metadata.entry_points(group=GROUP), dict[int, tuple[str, str]]()
+    for point in points:  # to be asked for its name, a distribution parses all of its metadata
+        if point.dist is not None and id(point.dist) not in whose:
+            whose[id(point.dist)] = (point.dist.name, point.dist.version)
     found = [
-        Source(
-            name=point.name,
-            distribution=point.dist.name if point.dist else "unknown",
-            version=point.dist.version if point.dist else "",
-            module=point.module,
-            load=point.load,
-        )
-        for point in metadata.entry_points(group=GROUP)
+        Source(point.name, *whose.get(id(point.dist), ("unknown", "")), module=point.module, load=point.load)
+        for point in points
     ]
     return sorted(found, key=lambda source: (source.distribution != HOST, source.distribution, source.name))
 
