@@ -156,8 +156,8 @@ class Worker:
                 f"it said stands above. Nothing that was acknowledged is lost: `fedtower resume` goes on"
             )
         said(f"the {self.name} process ended {how}; it is started again")
-        self._process, self._not_before = None, now + 0.05 * 2 ** len(self._deaths)
-        return None
+        self._process, self._not_before = None, now + 0.05 * (2 ** len(self._deaths) - 1)
+        return self.look(said)  # one that was killed is started at once: devices wait
 
     def ask_to_end(self) -> None:
         """Ask it to end."""

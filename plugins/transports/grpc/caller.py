@@ -226,7 +226,8 @@ class Caller:
                 if done():
                     return
                 least, why = 0.0, "it said nothing more"
-            except Later as later:
+            except Later as later:  # it lives, and says when: that is no failure, after which to wait ever longer
+                waits = self.back_off.waits(self.chance)
                 least, why = later.seconds, str(later)
             except grpc.RpcError as error:
                 least, why = _seconds_until_again(error), _told(error)

@@ -36,6 +36,7 @@ class Server(FederationServicer):
         self.held = b""
         self.metadata: list[Any] = []
         self.offsets: list[int] = []
+        self.away = 0  # how often rows are to be asked for later
         self.reply: Any = None
 
     def break_if_due(self, context: grpc.ServicerContext) -> None:
@@ -67,6 +68,10 @@ class Server(FederationServicer):
     def FetchRows(self, request: pb.FetchRowsRequest, context: grpc.ServicerContext) -> Iterator[pb.RowsChunk]:
         ids = to_array(request.ids, "a test").astype(np.int64)
         self.offsets.append(len(ids))
+        if self.away:
+            self.away -= 1
+            yield pb.RowsChunk(come_back=pb.ComeBack(seconds=2.0, reason="rows are coming back"))
+            return
         for start in range(0, len(ids), 2):
             if start:
                 self.break_if_due(context)
@@ -112,6 +117,16 @@ def caller(server: Server, waits: list[float]) -> Iterator[Caller]:
 
 
 ARTEFACT = Artefact.of("weights", DATA)
+
+
+def test_who_is_told_when_to_come_back_does_not_wait_ever_longer(
+    server: Server, caller: Caller, waits: list[float]
+) -> None:
+    server.away = 8
+    rows = caller.rows(b"1", "item", np.array([1, 3]))
+    np.testing.assert_array_equal(rows, TABLE[[1, 3]])
+    assert len(waits) == 8
+    assert all(2.0 <= seconds <= 2.01 for seconds in waits)
 
 
 def test_a_fetch_goes_on_where_the_line_broke(server: Server, caller: Caller, tmp_path: Path) -> None:
