@@ -49,7 +49,7 @@ def ground(tmp_path: Path) -> Ground:
 
 
 @pytest.mark.parametrize(
-    ("rounds", "of_intake", "of_table"), [(4, 18, 2), pytest.param(50, 100, 100, marks=pytest.mark.soak)]
+    ("rounds", "of_intake", "of_table"), [(4, 18, 2), pytest.param(50, 150, 50, marks=pytest.mark.soak)]
 )
 def test_what_was_acknowledged_counts_once_whoever_is_killed(
     ground: Ground, rounds: int, of_intake: int, of_table: int, capsys: pytest.CaptureFixture[str]
