@@ -19,7 +19,7 @@ from fedtower.recsys.launch import rank_and_count
 from fedtower.recsys.report import write_report
 from fedtower.recsys.run_folder import RunFolder
 from fedtower.recsys.runlog import RunLog, RunRecord, open_run
-from fedtower.recsys.serve_command import serve_recipe
+from fedtower.recsys.serve_command import refuse_going_back, serve_recipe
 from fedtower.recsys.units import figure, in_bytes, in_times
 
 runs_option = click.option(
@@ -90,7 +90,9 @@ def resume(registry: Registry, folder: Path, start: int | None, verbose: bool) -
     rank, count = rank_and_count()
     if count == 1:
         open_run(folder)
-        if RunFolder.open(folder).recipe().mode == "deployed":
+        place = RunFolder.open(folder)
+        if place.recipe().mode == "deployed":
+            refuse_going_back(place, start)
             serve_recipe(registry, str(folder), (), folder.parent, verbose=verbose)
             return
     from fedtower.recsys import run as api

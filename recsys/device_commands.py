@@ -81,21 +81,28 @@ def export(
 
 @click.command()
 @click.argument("recipe", metavar="NAME-OR-FILE")
+@click.argument("other", metavar="[OTHER-RUN]", required=False, type=click.Path(path_type=Path))
 @click.option("-o", "--option", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe.")
 @click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")
 @pass_registry
-def parity(registry: Registry, recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Compare every runtime with the plain one: after a step, a visit and a round from the same state.
+def parity(registry: Registry, recipe: str, other: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Compare every runtime with the plain one: after a step, a visit and a round from the same state. Or two RUNs.
 
     One that is absent, or further off than its tolerance, makes the exit code 1. Over the many steps of a round even
     the plain one ends elsewhere when it begins a rounding away: how far is measured then, twice as much is allowed, and
-    the verdict is "near".
+    the verdict is "near". Of two runs, what their newest common checkpoints hold is compared, and their test figures.
 
     \b
     Examples:
       fedtower parity dssm-synthetic
       fedtower parity dssm-ml-100k -o local.optimizer=adam -o local.lr=0.001
+      fedtower parity runs/dssm-ml-100k-1 runs/dssm-ml-100k-2
     """
+    if other is not None:
+        if overrides:
+            raise click.UsageError("two runs are compared as they are: leave -o out")
+        _compare_runs(Path(recipe), other, as_json)
+        return
     loaded = load_recipe(recipe, overrides, registry)
     from fedtower.recsys import parity as api
 
@@ -135,6 +142,32 @@ def parity(registry: Registry, recipe: str, overrides: tuple[str, ...], as_json:
         raise api.ParityError(
             f"of {', '.join(api.OTHERS)}, which are all expected to give the numbers of {api.REFERENCE}, {named} did "
             f"not; {len(wrong)} of {len(lines)} lines of the table say where"
+        )
+
+
+def _compare_runs(folder: Path, other: Path, as_json: bool) -> None:
+    from fedtower.recsys import run_parity
+    from fedtower.recsys.parity import ParityError
+
+    round, lines = run_parity.compare(folder, other)
+    if as_json:
+        shown = ("what", "numbers", "distance", "allowed", "verdict")
+        click.echo(json.dumps([{"round": round, **{name: getattr(line, name) for name in shown}} for line in lines]))
+    else:
+        table = Table(title=f"after round {round}: {folder} beside {other}", title_justify="left")
+        table.add_column("", no_wrap=True)
+        for column in ("numbers", "off by", "allowed"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_column("verdict")
+        for line in lines:
+            numbers = (f"{line.numbers:,}", f"{line.distance:.1e}", f"{line.allowed:.0e}")
+            table.add_row(line.what, *numbers, line.verdict, style="" if line.holds else "bold red")
+        Console(highlight=False).print(table)
+    if not all(line.holds for line in lines):
+        raise ParityError(
+            f"{folder} and {other} did not come to the same. Are recipe, seed and clients the same? Devices train in "
+            f"the engine mnn: beside a deployed run, simulate with -o runtime.name=mnn. Over many rounds engines that "
+            f"round otherwise come to lie on two sides of a ReLU's kink, and then both are right"
         )
 
 

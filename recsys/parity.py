@@ -109,8 +109,8 @@ def parity(recipe: Recipe, registry: Registry) -> Iterator[Line]:
             continue
         for moment, tolerances in TOLERANCES.items():
             for what, (value, start) in expected[moment].items():
-                distance, moved = _distance(found[moment][what].value, value), _distance(value, start)
-                line = Line(name, moment, what, distance, moved, tolerances[optimizer], share)
+                off, moved = distance(found[moment][what].value, value), distance(value, start)
+                line = Line(name, moment, what, off, moved, tolerances[optimizer], share)
                 if moment == "round" and not line.holds:
                     reach = reach or _reach_of_rounding(setting, expected["round"])
                     line = replace(line, rounding=reach[what])
@@ -194,7 +194,7 @@ def _reach_of_rounding(setting: Setting, expected: Mapping[str, _Pair]) -> dict[
     """
     setting = replace(setting, recipe=replace(setting.recipe, runtime=_part_of(setting, REFERENCE)))
     tries = [_after_round(setting, nudge) for nudge in range(1, _NUDGES + 1)]
-    return {what: max(_distance(found[what].value, pair.value) for found in tries) for what, pair in expected.items()}
+    return {what: max(distance(found[what].value, pair.value) for found in tries) for what, pair in expected.items()}
 
 
 def _nudged(parameters: Mapping[str, FloatArray], draws: Draws, nudge: int) -> dict[str, FloatArray]:
@@ -237,7 +237,8 @@ def _flat(values: Mapping[str, Array]) -> Array:
     return np.concatenate([np.asarray(values[name], dtype=np.float64).reshape(-1) for name in sorted(values)])
 
 
-def _distance(got: Array, want: Array) -> float:
+def distance(got: Array, want: Array) -> float:
+    """How far the furthest number is off, of its value, or absolutely where that is below 1; infinite for NaN."""
     if got.shape != want.shape:
         return float("inf")
     off = float((np.abs(got - want) / np.maximum(np.abs(want), 1.0)).max(initial=0.0))

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from fedtower.core.cli import pass_registry
-from fedtower.core.errors import RecipeError, TrustError
+from fedtower.core.errors import CheckpointError, RecipeError, TrustError
 from fedtower.core.recipe import Recipe, check, load_recipe
 from fedtower.core.registry import Registry
 from fedtower.recsys.run_folder import RunFolder
@@ -126,6 +126,18 @@ def serve_recipe(
             said=lambda text: console.print(f"note: {text}", soft_wrap=True),
         )
     console.print(f"next: fedtower report {folder.path}", soft_wrap=True)
+
+
+def refuse_going_back(folder: RunFolder, start: int | None) -> None:
+    """Raise CheckpointError for a round from which a run that was served cannot go on."""
+    newest = folder.latest_round() if folder.has_checkpoint() else 0
+    if start not in (None, newest):
+        raise CheckpointError(
+            f"{folder.path} was served to devices and goes on from round {newest}, its newest checkpoint, alone: the "
+            f"updates of the rounds before it are let go of, and devices have kept what they made of them. Leave "
+            f"--from out; to train on other ways, or when that checkpoint is damaged, begin another run with `fedtower "
+            f"serve {folder.path / 'recipe.toml'}`"
+        )
 
 
 def _opened(
