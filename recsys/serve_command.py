@@ -38,6 +38,13 @@ HOST, PORT, KEYS = "127.0.0.1", 7433, Path("keys")
     show_default=True,
     help="The folder that `fedtower certs` made: certificates, the signing key, and who may take part.",
 )
+@click.option(
+    "--intakes",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 64),
+    help="Processes that share the public port; any journal will do on one machine.",
+)
 @click.option("--mutual", is_flag=True, help="Devices must show certificates of the folder's authority.")
 @click.option("--insecure", is_flag=True, help="Plaintext; on a loopback address only.")
 @click.option(
@@ -62,6 +69,7 @@ def serve_command(
     host: str,
     port: int,
     keys: Path,
+    intakes: int,
     mutual: bool,
     insecure: bool,
     status_port: int,
@@ -85,6 +93,7 @@ def serve_command(
         host=host,
         port=port,
         keys=keys,
+        intakes=intakes,
         mutual=mutual,
         insecure=insecure,
         status_port=None if no_status else status_port,
@@ -102,6 +111,7 @@ def serve_recipe(
     host: str = HOST,
     port: int = PORT,
     keys: Path = KEYS,
+    intakes: int = 1,
     mutual: bool = False,
     insecure: bool = False,
     status_port: int | None = 0,
@@ -122,6 +132,7 @@ def serve_recipe(
             loaded,
             registry,
             door,
+            intakes=intakes,
             verbose=verbose,
             said=lambda text: console.print(f"note: {text}", soft_wrap=True),
         )

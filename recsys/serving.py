@@ -181,30 +181,30 @@ def serve(
     registry: Registry,
     door: Door,
     *,
+    intakes: int = 1,
     verbose: bool = False,
     linger_seconds: float = 5.0,
     said: Callable[[str], None] = lambda message: None,
 ) -> int:
-    """Keep both processes running until the last round is done; the exit code.
+    """Keep the processes running until the last round is done; the exit code. There may be several ``intakes``, which
+    share the port; devices are dealt out to them as they connect.
 
-    Afterwards the intake stays for ``linger_seconds``, so that devices that call learn that it is over.
+    Afterwards the intakes stay for ``linger_seconds``, so that devices that call learn that it is over.
 
     Raises:
-        ServingError: a process cannot be kept running.
-        KeyboardInterrupt: SIGINT or SIGTERM came; both processes have ended in order.
+        ServingError: a process cannot be kept running, or the port is another's.
+        KeyboardInterrupt: SIGINT or SIGTERM came; all processes have ended in order.
     """
-    config = folder.path / "intake-config.json"
-    with storage_errors(folder.path):
-        config.write_text(json.dumps(intake_config(folder, recipe, door)), encoding="utf-8")
+    refuse_taken(door)
     log = ProcessLog(folder.path, "supervisor")
     environment = {**os.environ, "PYTHONPATH": own_path()}
-    intake = Worker("intake", [sys.executable, "-m", intake_module(registry, recipe), str(config)], environment)
+    public = _intakes(intakes, folder, recipe, registry, door, environment)
     options = ["--verbose"] if verbose else []
     table = Worker("table", [sys.executable, "-m", TABLE, str(folder.path), *options], environment)
     before = signal.signal(signal.SIGTERM, _interrupt)
     log.write("started", host=door.host, port=door.port, status_port=door.status_port)
     try:
-        _keep([intake], table, folder, log, _both(said, log))
+        _keep(public, table, folder, log, _both(said, log))
         log.write("finished")
         time.sleep(linger_seconds)
         return 0
@@ -212,7 +212,7 @@ def serve(
         log.write("failed", level=logging.ERROR, message=str(error))
         raise
     finally:
-        _end([intake, table])
+        _end([*public, table])
         log.write("stopped")
         log.close()
         signal.signal(signal.SIGTERM, before)
@@ -254,6 +254,37 @@ def _both(said: Callable[[str], None], log: ProcessLog) -> Callable[[str], None]
         said(message)
 
     return say
+
+
+def refuse_taken(door: Door) -> None:
+    """Raise ServingError if somebody listens at the port: intakes share theirs, so they would share it with a stranger
+    too, and devices would come to either.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in door.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what was closed a moment ago is free
+        try:
+            probe.bind((door.host, door.port))
+            probe.listen()
+        except OSError as error:
+            raise ServingError(
+                f"nobody can listen at {door.host}:{door.port} ({error.strerror}): another server has it, or the "
+                f"address is not of this machine; end that one, or choose another with --port and --host"
+            ) from error
+
+
+def _intakes(
+    count: int, folder: RunFolder, recipe: Recipe, registry: Registry, door: Door, environment: Mapping[str, str]
+) -> list[Worker]:
+    """The intakes, on one port; each has a port of its own for its page, one after the other."""
+    module, workers = intake_module(registry, recipe), list[Worker]()
+    for number in range(count):
+        name = "intake" if number == 0 else f"intake-{number + 1}"
+        own = door if door.status_port is None else replace(door, status_port=door.status_port + number)
+        config = folder.path / f"{name}-config.json"
+        with storage_errors(folder.path):
+            config.write_text(json.dumps(intake_config(folder, recipe, own)), encoding="utf-8")
+        workers.append(Worker(name, [sys.executable, "-m", module, str(config)], environment))
+    return workers
 
 
 def _interrupt(_number: int, _frame: object) -> None:

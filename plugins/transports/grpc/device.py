@@ -57,6 +57,7 @@ class Place:
         """
         options = [
             ("grpc.max_receive_message_length", 1 << 20),
+            ("grpc.use_local_subchannel_pool", 1),  # each channel is a connection of its own
             # As a device's own calls: the line waits no longer to come back than they do.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 30_000),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from importlib import import_module
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,13 @@ def device(
 )
 @click.option("-n", "count", type=click.IntRange(min=1), help="So many devices, from client 0 on; default: all.")
 @click.option(
+    "--lines",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Connections to the server, shared out among the devices; several intakes are met over several.",
+)
+@click.option(
     "--codes",
     type=click.Path(path_type=Path, dir_okay=False),
     help="A file of enrolment codes, one a line: that of client 0 first.",
@@ -103,6 +112,7 @@ def swarm(
     /,
     data: Path,
     count: int | None,
+    lines: int,
     codes: Path | None,
     tasks: int | None,
     as_json: bool,
@@ -110,7 +120,7 @@ def swarm(
 ) -> None:
     """Run many devices in this process, each with its shard, until the federation is over: for trials, and for load.
 
-    They share a line to the server and an engine; each has its own data, token, cache and calls.
+    They share lines to the server and an engine; each has its own data, token, cache and calls.
 
     \b
     Example:
@@ -133,8 +143,11 @@ def swarm(
         for place, path in enumerate(shards)
     ]
     failed: list[FedtowerError] = []
-    with devices[0].place.channel() as channel, ThreadPoolExecutor(len(devices)) as threads:
-        for running in [threads.submit(one.run, channel, most_tasks=tasks) for one in devices]:
+    with ExitStack() as opened:
+        channels = [opened.enter_context(devices[0].place.channel()) for _ in range(min(lines, len(devices)))]
+        threads = opened.enter_context(ThreadPoolExecutor(len(devices)))
+        pairs = zip(devices, cycle(channels), strict=False)
+        for running in [threads.submit(one.run, channel, most_tasks=tasks) for one, channel in pairs]:
             try:
                 running.result()
             except FedtowerError as error:

@@ -22,7 +22,7 @@ from fedtower.plugins.transports.grpc.artefact_store import ArtefactStore
 from fedtower.plugins.transports.grpc.bounds import parse
 from fedtower.plugins.transports.grpc.checks import Expected, expected_of, refuse_unfit
 from fedtower.plugins.transports.grpc.codec import data_of_part, decode_submission, refuse_other_protocol
-from fedtower.plugins.transports.grpc.leased import LeasedRows, keep_only
+from fedtower.plugins.transports.grpc.leased import LeasedRows, remove_ended
 from fedtower.plugins.transports.grpc.meters import Meters
 from fedtower.plugins.transports.grpc.presence import Presence
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
@@ -339,7 +339,7 @@ class Intake:
                 del self._open[gone]
                 self._leases = {lease: held for lease, held in self._leases.items() if held[:2] != gone}
                 for folder in (self.leased.folder, self.staging.folder):
-                    keep_only(folder, wanted)
+                    remove_ended(folder, self._records)
             for round, task in wanted - self._open.keys():
                 window = read_window(self.folder / "windows", round, task)
                 if window is not None:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections import OrderedDict, defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from fedtower.core.checkpoint import storage_errors
-from fedtower.core.journal import Task
+from fedtower.core.journal import RoundRecord, Task
 from fedtower.core.rows import IntArray
 
 _EXAMPLES = ""  # no table has this name
@@ -27,11 +27,14 @@ def folder_of(round: int, task: Task) -> str:
     return f"{round:06d}-{task}"
 
 
-def keep_only(folder: Path, windows: Collection[tuple[int, Task]]) -> None:
-    """Remove the folders of all other windows: nobody has a lease there any more."""
-    kept = {folder_of(*window) for window in windows}
+def remove_ended(folder: Path, records: Sequence[RoundRecord]) -> None:
+    """Remove the folders of windows in which nobody has a lease any more: those that have ended, and those that the
+    journal has forgotten. What it did not have yet may have been opened since, and another intake writes there.
+    """
+    ended = {folder_of(record.round, record.task) for record in records if record.state != "open"}
+    oldest = min((record.round for record in records), default=0)
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name not in kept:
+        if path.name in ended or int(path.name.partition("-")[0]) < oldest:
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -76,10 +76,10 @@ class Served:
         """The run's folder."""
         return next(self.runs.iterdir())
 
-    def swarm(self) -> None:
+    def swarm(self, *options: str) -> None:
         """All devices in one process."""
         data, codes = self.ground.folder / "shards", self.ground.folder / "codes"
-        self.devices.append(self._device("swarm", "swarm", "--data", str(data), "--codes", str(codes)))
+        self.devices.append(self._device("swarm", "swarm", "--data", str(data), "--codes", str(codes), *options))
 
     def apart(self) -> None:
         """Each device a process of its own."""
@@ -95,9 +95,9 @@ class Served:
         done = [event["round"] for event in RunLog(self.folder).events() if event["event"] == "round"]
         return max(done, default=0)
 
-    def metric(self, name: str) -> float:
-        """What Prometheus would read."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5.0) as page:
+    def metric(self, name: str, intake: int = 0) -> float:
+        """What Prometheus would read of an intake."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port + intake}/metrics", timeout=5.0) as page:
             lines = page.read().decode().splitlines()
         return next((float(line.rpartition(" ")[2]) for line in lines if line.startswith(name)), 0.0)
 

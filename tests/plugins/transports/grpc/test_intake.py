@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from fedtower.core.cohort import Cohort
 from fedtower.core.draws import Draws
-from fedtower.core.journal import Instant, Journal
+from fedtower.core.journal import Fenced, Instant, Journal, Task
 from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.registry import Registry, discover
 from fedtower.core.transport import Abandoned
@@ -27,6 +28,7 @@ from fedtower.plugins.signers.ed25519.signer import Ed25519Signer, make_key
 from fedtower.plugins.transports.grpc.artefacts import Artefact
 from fedtower.plugins.transports.grpc.codec import Belongs, Submission, encode_submission
 from fedtower.plugins.transports.grpc.intake import Caller, Intake, Limits, RowsAway
+from fedtower.plugins.transports.grpc.leased import remove_ended
 from fedtower.plugins.transports.grpc.meters import Meters
 from fedtower.plugins.transports.grpc.plans import PublishedPlan, RowSource, open_plan
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
@@ -441,3 +443,41 @@ def test_a_table_process_started_again_gives_no_rows_before_it_stands_where_devi
             asyncio.run(everybody())
     finally:
         server.stop(None).wait()
+
+
+def test_a_table_process_that_another_has_followed_can_end_no_window(federation: Federation) -> None:
+    async def everybody() -> None:
+        for client in range(CLIENTS):
+            await federation.good(client)
+
+    followed, journal = federation.side, federation.side.journal
+    plan, cohort = Plan(1, PARAMETERS, LOCAL), Cohort(1, np.arange(CLIENTS), CLIENTS)
+    arriving = followed.exchange(plan, cohort, None, Draws(1), None)  # type: ignore[arg-type]
+    with ThreadPoolExecutor() as threads:
+        reading = threads.submit(list, arriving)
+        asyncio.run(federation.lease())  # it has opened the window
+        federation.side = replace(followed, epoch=journal.claim())
+        asyncio.run(everybody())
+        with pytest.raises(Fenced, match="this one must stop"):
+            reading.result(20.0)
+    assert journal.record(1, "train").state == "open"
+    with federation.open_round():
+        pass
+    assert len(federation.came) == CLIENTS
+    assert journal.record(1, "train").state == "closed"
+
+
+def test_the_leases_of_a_window_that_this_intake_did_not_know_of_stay(federation: Federation) -> None:
+    leased, journal = federation.intake.leased, federation.side.journal
+    for round in (1, 2):
+        journal.open_round(1, round, "train", "plan")
+    known = journal.rounds()
+    journal.advance(1, 1, "train", "closed")
+    opened: list[tuple[int, Task]] = [(2, "train"), (2, "evaluate"), (3, "train")]
+    for window in ((1, "train"), *opened):
+        leased.note(window, bytes(16), "item", np.array([window[0]]))
+    remove_ended(leased.folder, known)
+    assert len(list(leased.folder.iterdir())) == 4
+    remove_ended(leased.folder, journal.rounds())
+    assert not leased.of((1, "train"), bytes(16))[0]
+    assert [leased.of(window, bytes(16))[0]["item"].tolist() for window in opened] == [[2], [2], [3]]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fedtower
 from fedtower.core.draws import Draws
+from fedtower.core.errors import MissingDependency
+from fedtower.plugins.journals.postgresql.server import Server, find_programs
 from fedtower.recsys.run_folder import RunFolder
 from fedtower.recsys.runlog import RunLog
 from tests.plugins.transports.grpc import keeping
@@ -38,14 +41,31 @@ SMALL = {
     "transforms.0.name": "clip",
     "transforms.0.norm": 0.5,
 }
+TAKEN = 'fedtower_uploads_total{duplicate="false",task="train"}'
+GIVEN = 'fedtower_leases_total{task="train"}'
 SERVED = {"transport.wait_for": CLIENTS, "transport.lease_seconds": 20.0, "transport.heartbeat_seconds": 2.0}
 
 
-@pytest.fixture
-def ground(tmp_path: Path) -> Ground:
-    ground = Ground.make(tmp_path, "dssm-synthetic", SMALL, CLIENTS)
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    ground = Ground.make(tmp_path_factory.mktemp("kills"), "dssm-synthetic", SMALL, CLIENTS)
     shutil.copyfile(str(keeping.__file__), ground.folder / "fedtower_plugins.py")
     return ground
+
+
+@pytest.fixture
+def postgresql() -> Iterator[Server]:
+    try:
+        find_programs()
+    except MissingDependency as missing:
+        if os.environ.get("CI"):
+            pytest.fail(f"{missing}, and CI is set: two intakes must be tried here")
+        pytest.skip(str(missing))
+    server = Server()
+    server.make()
+    server.start()
+    yield server
+    server.remove()
 
 
 @pytest.mark.parametrize(
@@ -56,7 +76,7 @@ def test_what_was_acknowledged_counts_once_whoever_is_killed(
 ) -> None:
     with served(ground, "killed", {**SMALL, **SERVED, "rounds": rounds}) as run:
         run.swarm()
-        run.wait_for(lambda: run.metric('fedtower_uploads_total{duplicate="false",task="train"}') > 0)
+        run.wait_for(lambda: run.metric(TAKEN) > 0)
         journal = keeping.journal_of(run.folder, RunFolder.open(run.folder).recipe())
         draws = Draws(20)
         intake = Killer(run, "intake", draws, Acknowledges(run, journal), most_seconds=1.0)
@@ -74,6 +94,24 @@ def test_what_was_acknowledged_counts_once_whoever_is_killed(
     as_acknowledged(run, kept, rounds)
     as_unkilled(run, kept, rounds)
     as_simulated(run, rounds)
+
+
+def test_two_intakes_on_one_federation_are_as_one(ground: Ground, postgresql: Server) -> None:
+    journal = {"journal.name": "postgresql", "journal.dsn": postgresql.dsn}
+    with served(ground, "shared", {**SMALL, **SERVED, **journal, "rounds": 4}, "--intakes", "2") as run:
+        run.swarm("--lines", str(CLIENTS))
+        run.wait_for(lambda: min(run.metric(GIVEN, each) for each in (0, 1)) > 0)
+        kept_by = keeping.journal_of(run.folder, RunFolder.open(run.folder).recipe())
+        for name in ("intake-2", "intake", "intake-2"):
+            killer = Killer(run, name, Draws(3), Acknowledges(run, kept_by), most_seconds=1.0)
+            killer.kill(1, 1)
+        run.finish()
+        keeping.keep(kept_by, run.folder / "kept")
+        kept_by.close()
+    kept = Kept.read(run.folder / "kept")
+    as_acknowledged(run, kept, 4)
+    as_unkilled(run, kept, 4)
+    as_simulated(run, 4)
 
 
 def as_acknowledged(run: Served, kept: Kept, rounds: int) -> None:

@@ -1,0 +1,59 @@
+"""What keeps a server's processes running: one that is killed is back at once, one that fails is not tried for ever."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from fedtower.core.errors import ServingError
+from fedtower.recsys.serving import Door, Worker, refuse_taken
+
+
+def worker(program: str) -> Worker:
+    return Worker("tried", [sys.executable, "-S", "-c", program], dict(os.environ))
+
+
+@pytest.fixture
+def sleeping() -> Iterator[Worker]:
+    made = worker("import time; time.sleep(60)")
+    made.start()
+    yield made
+    made.stop()
+
+
+def test_a_process_that_was_killed_is_there_again_when_that_is_seen(sleeping: Worker) -> None:
+    said: list[str] = []
+    for _ in range(7):  # more often than one may fail
+        pid = sleeping.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert sleeping.look(said.append) is None
+        assert sleeping.pid not in (None, pid)
+    assert said == ["the tried process ended by SIGKILL; it is started again"] * 7
+
+
+def test_a_process_that_fails_again_and_again_ends_it() -> None:
+    failing = worker("raise SystemExit(1)")
+    failing.start()
+    with pytest.raises(ServingError, match="5 times within 60 seconds"):
+        while True:
+            failing.look(lambda message: None)
+            time.sleep(0.01)
+
+
+def test_a_port_that_somebody_listens_at_is_not_shared_with_him() -> None:
+    with socket.socket() as somebody:
+        somebody.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        somebody.bind(("127.0.0.1", 0))
+        somebody.listen()
+        door = Door(port=somebody.getsockname()[1])
+        with pytest.raises(ServingError, match="choose another with --port"):
+            refuse_taken(door)
+    refuse_taken(door)
