@@ -60,7 +60,7 @@ class Kept:
         for client, payload in self.uploads[round, "evaluate"]:
             for name, each in decode_submission(payload, client, most_bytes=MOST_BYTES).sums.items():
                 held = totals.get(name, (0.0, 0))
-                totals[name] = (held[0] + each.sum, held[1] + each.count)
+                totals[name] = (held[0] + each.total, held[1] + each.cases)
         return {name: total / count for name, (total, count) in totals.items() if count}
 
     def sample(self, round: int, population: int, draws: Draws) -> Cohort:
