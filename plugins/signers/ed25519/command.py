@@ -25,5 +25,5 @@ def keygen(folder: Path) -> None:
     make_folder(folder)
     signer = make_key(folder / "signing.pem", folder / "signing.pub")
     click.echo(f"{signer.key}: the private key; it stays here")
-    click.echo(f"{folder / 'signing.pub'}: the public key; give it to the devices, as a file or as these letters:")
+    click.echo(f"{folder / 'signing.pub'}: the public key; devices get it, as a file or as these letters:")
     click.echo(signer.public_key)

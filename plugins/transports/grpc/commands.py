@@ -75,9 +75,8 @@ def _said_of_server(folder: Path, server: Path, days: int, *, renewed: bool) -> 
     if renewed:
         click.echo("a running server uses them from the next connection on; devices need nothing new")
         return
-    click.echo(
-        f"authority.key stays here: whoever has it can be this server. `fedtower certs {folder} --renew` renews;"
-    )
+    click.echo(f"to renew: fedtower certs {folder} --renew")
+    click.echo("authority.key stays here: whoever has it can be this server")
     click.echo(f"each device gets {folder / 'authority.pem'}, and what `fedtower keygen {folder}` makes for it")
     click.echo(f"next: fedtower keygen {folder}, and fedtower serve RECIPE --keys {folder}")
 
