@@ -15,6 +15,7 @@ from fedtower.core.recipe import Recipe, check, load_recipe
 from fedtower.core.registry import Registry
 from fedtower.recsys.run_folder import RunFolder
 from fedtower.recsys.serving import Door, found, intake_module, serve, with_ports
+from fedtower.recsys.tether import hold
 
 HOST, PORT, KEYS = "127.0.0.1", 7433, Path("keys")
 
@@ -126,13 +127,14 @@ def serve_recipe(
     console.print(f"run: {folder.path}\ndevices call {host}:{door.port}", soft_wrap=True)
     if door.status_port is not None:
         console.print(f"live page: {door.page}", soft_wrap=True)
-    with folder.serving():
+    with folder.serving(), hold() as tether:
         serve(
             folder,
             loaded,
             registry,
             door,
             intakes=intakes,
+            tether=tether,
             verbose=verbose,
             said=lambda text: console.print(f"note: {text}", soft_wrap=True),
         )

@@ -29,6 +29,7 @@ from fedtower.recsys.engine import own_path
 from fedtower.recsys.process_log import ProcessLog
 from fedtower.recsys.run_folder import FEDERATION, RunFolder
 from fedtower.recsys.running import PROCESSES, Running, to_json
+from fedtower.recsys.tether import TETHER
 
 TABLE = "fedtower.recsys.table_process"
 _GRACE_SECONDS = 15.0
@@ -130,7 +131,10 @@ class Worker:
 
     def start(self) -> None:
         """Start the process."""
-        self._process = subprocess.Popen(self.command, env=dict(self.environment), start_new_session=True)
+        held = [int(self.environment[TETHER])] if TETHER in self.environment else []
+        self._process = subprocess.Popen(
+            self.command, env=dict(self.environment), pass_fds=held, start_new_session=True
+        )
 
     def look(self, said: Callable[[str], None]) -> int | None:
         """Its exit code, once it has ended by itself; one that was killed or failed is started again.
@@ -182,12 +186,13 @@ def serve(
     door: Door,
     *,
     intakes: int = 1,
+    tether: int | None = None,
     verbose: bool = False,
     linger_seconds: float = 5.0,
     said: Callable[[str], None] = lambda message: None,
 ) -> int:
     """Keep the processes running until the last round is done; the exit code. There may be several ``intakes``, which
-    share the port; devices are dealt out to them as they connect.
+    share the port; devices are dealt out to them as they connect. All end when what holds the ``tether`` has ended.
 
     Afterwards the intakes stay for ``linger_seconds``, so that devices that call learn that it is over.
 
@@ -197,7 +202,7 @@ def serve(
     """
     refuse_taken(door)
     log = ProcessLog(folder.path, "supervisor")
-    environment = {**os.environ, "PYTHONPATH": own_path()}
+    environment = {**os.environ, "PYTHONPATH": own_path(), **({} if tether is None else {TETHER: str(tether)})}
     public = _intakes(intakes, folder, recipe, registry, door, environment)
     options = ["--verbose"] if verbose else []
     table = Worker("table", [sys.executable, "-m", TABLE, str(folder.path), *options], environment)
@@ -256,20 +261,30 @@ def _both(said: Callable[[str], None], log: ProcessLog) -> Callable[[str], None]
     return say
 
 
-def refuse_taken(door: Door) -> None:
-    """Raise ServingError if somebody listens at the port: intakes share theirs, so they would share it with a stranger
-    too, and devices would come to either.
+def refuse_taken(door: Door, patience_seconds: float = 10.0) -> None:
+    """Raise ServingError if somebody listens at the port, and goes on to: intakes share theirs, so they would share it
+    with a stranger too, and devices would come to either.
     """
+    until = time.monotonic() + patience_seconds  # those whose starter was killed are about to end
+    while True:
+        try:
+            _listen_once(door)
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise ServingError(
+                    f"nobody can listen at {door.host}:{door.port} ({error.strerror}): another server has it, or the "
+                    f"address is not of this machine; end that one, or choose another with --port and --host"
+                ) from error
+        time.sleep(0.1)
+
+
+def _listen_once(door: Door) -> None:
+    """Raise OSError unless the port is free."""
     with socket.socket(socket.AF_INET6 if ":" in door.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what was closed a moment ago is free
-        try:
-            probe.bind((door.host, door.port))
-            probe.listen()
-        except OSError as error:
-            raise ServingError(
-                f"nobody can listen at {door.host}:{door.port} ({error.strerror}): another server has it, or the "
-                f"address is not of this machine; end that one, or choose another with --port and --host"
-            ) from error
+        probe.bind((door.host, door.port))
+        probe.listen()
 
 
 def _intakes(

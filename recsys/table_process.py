@@ -22,6 +22,7 @@ from fedtower.recsys.display import Display
 from fedtower.recsys.evaluation import Evaluation
 from fedtower.recsys.process_log import ProcessLog
 from fedtower.recsys.run import train_deployed
+from fedtower.recsys.tether import end_with_starter
 
 _MOST_CLIENTS = 100  # of whom a line says that they dropped out
 
@@ -82,6 +83,7 @@ def main(arguments: list[str]) -> int:
     log = ProcessLog(asked.folder, "table")
     log.catch_others()
     log.write("started")
+    end_with_starter()
     try:
         return _train(asked.folder, log, verbose=asked.verbose)
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -59,5 +60,25 @@ def test_a_port_that_somebody_listens_at_is_not_shared_with_him() -> None:
         somebody.listen()
         door = Door(port=somebody.getsockname()[1])
         with pytest.raises(ServingError, match="choose another with --port"):
-            refuse_taken(door)
+            refuse_taken(door, patience_seconds=0.2)
     refuse_taken(door)
+
+
+STARTS_ONE = """
+import os, sys, time
+from fedtower.recsys.serving import Worker
+from fedtower.recsys.tether import TETHER, hold
+child = "import time; from fedtower.recsys.tether import end_with_starter; end_with_starter(); time.sleep(600)"
+with hold() as held:
+    Worker("one", [sys.executable, "-c", child], {**os.environ, TETHER: str(held)}).start()
+    print("started", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_who_is_started_to_serve_ends_with_the_one_that_started_it() -> None:
+    starter = subprocess.Popen([sys.executable, "-c", STARTS_ONE], stdout=subprocess.PIPE, text=True)
+    assert starter.stdout is not None
+    assert starter.stdout.readline() == "started\n"
+    starter.kill()
+    starter.communicate(timeout=60.0)  # its child has the other end of this pipe, for as long as it lives

@@ -36,6 +36,7 @@ from fedtower.plugins.transports.grpc.web import Pages, Web
 from fedtower.recsys.process_log import ProcessLog
 from fedtower.recsys.run_folder import RunFolder
 from fedtower.recsys.status import Watched
+from fedtower.recsys.tether import end_with_starter
 
 DRAIN_SECONDS = 10.0
 # The journal's threads have little to do in Python between two system calls, and after each of them they would wait for
@@ -134,6 +135,7 @@ async def _told_to_stop() -> None:
     stop = asyncio.Event()
     for word in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(word, stop.set)
+    end_with_starter()
     await stop.wait()
 
 

@@ -16,6 +16,7 @@ from typing import IO, Any, TypeVar
 
 from fedtower.core.checkpoint import read_checkpoint
 from fedtower.core.cli import call
+from fedtower.core.errors import CheckpointError
 from fedtower.recsys.run_folder import RunFolder
 from fedtower.recsys.runlog import RunLog
 
@@ -86,6 +87,11 @@ class Served:
         for shard, code in zip(self.ground.shards, self.ground.codes, strict=True):
             self.devices.append(self._device(shard.stem, "device", "--data", str(shard), "--code", code))
 
+    def serve_again(self) -> None:
+        """Go on with the run where devices know it to be."""
+        again = ("serve", str(self.folder), "--port", str(self.port), "--keys", str(self.ground.folder / "keys"))
+        self.server = self._start("server-again", *again)
+
     def pid(self, name: str) -> int:
         """The process that runs under a name now."""
         return int(self.wait_for(lambda: json.loads((self.folder / "processes.json").read_text())[name]))
@@ -103,7 +109,7 @@ class Served:
 
     def said_by_devices(self) -> list[dict[str, Any]]:
         """What the devices have said, each line an event."""
-        paths = [Path(log.name) for log in self._logs[1:]]
+        paths = [Path(log.name) for log in self._logs if "server" not in log.name]
         return [json.loads(line) for path in paths for line in path.read_text().splitlines() if line.startswith("{")]
 
     def finish(self, seconds: float = 240.0) -> None:
@@ -136,7 +142,7 @@ class Served:
             try:
                 if found := look():
                     return found
-            except (OSError, ValueError, KeyError, StopIteration):
+            except (CheckpointError, OSError, ValueError, KeyError, StopIteration):
                 pass
             assert self.server.poll() is None, self.said()
             time.sleep(0.05)

@@ -73,6 +73,20 @@ def read_first(folder: Path, name: str) -> Any:
     return read_checkpoint(folder / "checkpoints", ROUNDS // 2)[name]
 
 
+def test_a_server_that_is_killed_whole_goes_on_when_it_is_served_again(ground: Ground, undisturbed: Served) -> None:
+    with served(ground, "killed", {**SMALL, **SERVED, "evaluation.every": 0}) as run:
+        run.swarm()
+        run.wait_for(run.rounds)
+        run.server.kill()  # nobody is left to end its processes
+        run.server.wait()
+        run.serve_again()
+        run.finish()
+    got, want = newest(run.folder), newest(undisturbed.folder)
+    assert set(got) == set(want)
+    for name, value in want.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
 def test_a_device_that_is_not_enrolled_is_told_how(ground: Ground, capsys: pytest.CaptureFixture[str]) -> None:
     data = ground.folder / "shards" / "client-000000.safetensors"
     asked = ["device", "--server", "127.0.0.1:1", "--data", str(data), "--folder", str(ground.folder / "new")]
