@@ -77,7 +77,7 @@ def _said_of_server(folder: Path, server: Path, days: int, *, renewed: bool) -> 
         return
     click.echo(f"to renew: fedtower certs {folder} --renew")
     click.echo("authority.key stays here: whoever has it can be this server")
-    click.echo(f"each device gets {folder / 'authority.pem'}, and what `fedtower keygen {folder}` makes for it")
+    click.echo(f"each device gets {folder / 'authority.pem'}, and what `fedtower keygen {folder}` makes")
     click.echo(f"next: fedtower keygen {folder}, and fedtower serve RECIPE --keys {folder}")
 
 
