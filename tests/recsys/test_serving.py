@@ -25,7 +25,8 @@ def sleeping() -> Iterator[Worker]:
     made = worker("import time; time.sleep(60)")
     made.start()
     yield made
-    made.stop()
+    made.ask_to_end()
+    made.end(10.0)
 
 
 def test_a_process_that_was_killed_is_there_again_when_that_is_seen(sleeping: Worker) -> None:
