@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from fedtower.core.errors import CheckpointError, StorageError
 
@@ -340,16 +340,19 @@ def unknown_window(round: int, task: Task) -> WrongState:
     return WrongState(f"round {round} ({task}) was never opened, or was retired long ago and is forgotten")
 
 
-def wait(journal: Journal, round: int, task: Task, after: int, seconds: float) -> RoundRecord:
+def wait(
+    journal: Journal, round: int, task: Task, after: int, seconds: float, pause: Callable[[float], Any] = time.sleep
+) -> RoundRecord:
     """The window as soon as it has more than ``after`` uploads or is not open any more, or after ``seconds``.
 
-    It looks again after 1 ms at first, and every 20 ms later on: nothing can be missed, whoever is killed.
+    It looks again after 1 ms at first, and every 20 ms later on: nothing can be missed, whoever is killed. A ``pause``
+    that is told of news may end before its seconds are over.
     """
-    until, pause = time.monotonic() + seconds, 0.001
+    until, step = time.monotonic() + seconds, 0.001
     while True:
         record = journal.record(round, task)
         left = until - time.monotonic()
         if record.accepted > after or record.state != "open" or left <= 0:
             return record
-        time.sleep(min(pause, left))
-        pause = min(2 * pause, 0.02)
+        pause(min(step, left))
+        step = min(2 * step, 0.02)

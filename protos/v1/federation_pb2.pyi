@@ -439,12 +439,15 @@ class CheckInRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     NUM_EXAMPLES_FIELD_NUMBER: _builtins.int
     TASKS_FIELD_NUMBER: _builtins.int
+    WAIT_SECONDS_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     federation: _builtins.str
     model: _builtins.bytes
     """the digest of the model that is held, or nothing"""
     num_examples: _builtins.int
     """how many training examples the device has"""
+    wait_seconds: _builtins.float
+    """How long the device waits on the line for something to do; the server may answer sooner. 0: not at all."""
     @_builtins.property
     def capabilities(self) -> Global___Capabilities: ...
     @_builtins.property
@@ -460,10 +463,11 @@ class CheckInRequest(_message.Message):
         model: _builtins.bytes = ...,
         num_examples: _builtins.int = ...,
         tasks: _abc.Iterable[Global___Task.ValueType] | None = ...,
+        wait_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "federation", b"federation", "model", b"model", "num_examples", b"num_examples", "protocol", b"protocol", "tasks", b"tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "federation", b"federation", "model", b"model", "num_examples", b"num_examples", "protocol", b"protocol", "tasks", b"tasks", "wait_seconds", b"wait_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -773,20 +777,28 @@ class FetchRequest(_message.Message):
     LEASE_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
+    THEN_FIELD_NUMBER: _builtins.int
     lease: _builtins.bytes
     digest: _builtins.bytes
     offset: _builtins.int
     """where a fetch that was cut short goes on"""
+    @_builtins.property
+    def then(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Further artefacts, whose bytes follow one another behind those of the first, whole; at most 256. The server may end
+        before any of them, and does before one of more than 256 KiB: what has not come is asked for by itself.
+        """
+
     def __init__(
         self,
         *,
         lease: _builtins.bytes = ...,
         digest: _builtins.bytes = ...,
         offset: _builtins.int = ...,
+        then: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "lease", b"lease", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "lease", b"lease", "offset", b"offset", "then", b"then"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

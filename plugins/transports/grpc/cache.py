@@ -18,6 +18,7 @@ from fedtower.plugins.transports.grpc.refusals import Reason, Refused
 Fetch = Callable[[Artefact, int], Iterable[bytes]]
 """Gives an artefact's bytes from an offset on."""
 
+SMALL_BYTES = 256 << 10
 _BLOCK = 1 << 20
 
 
@@ -45,6 +46,28 @@ class ArtefactCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._make_room(artefact, {artefact.digest, *keep})
             return self._receive(artefact, fetch)
+
+    def gather(
+        self, artefacts: Iterable[Artefact], fetch: Callable[[list[Artefact]], Iterable[tuple[Artefact, bytes]]]
+    ) -> None:
+        """Take in what of these small artefacts is not here and ``fetch`` gives; :meth:`get` asks for the rest."""
+        missing = [each for each in artefacts if each.size <= SMALL_BYTES and self.find(each) is None]
+        if len(missing) < 2 or sum(each.size for each in missing) > self.limit_bytes:
+            return
+        with storage_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for each, data in fetch(missing):
+                path = self.folder / each.digest.hex()
+                unfinished = path.with_suffix(".part")
+                unfinished.write_bytes(each.check(data))
+                unfinished.replace(path)
+
+    def keep_only(self, digests: Collection[bytes]) -> None:
+        """Remove all others: the server's newest plan does not name them."""
+        kept = {digest.hex() for digest in digests}
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if path.stem not in kept:
+                path.unlink(missing_ok=True)
 
     def find(self, artefact: Artefact) -> Path | None:
         """The file of an artefact, if it is here and whole; it counts as used now."""

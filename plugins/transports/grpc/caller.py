@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 
 PART_BYTES = 256 << 10
 MOST_ROWS = 32_768  # ids of one call
+MOST_TOGETHER = 256  # artefacts of one call
 _AGAIN = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -103,6 +104,7 @@ class Caller:
     chance: Random = field(default_factory=Random)
     wait: Wait = time.sleep
     call_seconds: float = 60.0
+    wait_seconds: float = 30.0  # on the line, for something to do; the server may want less
 
     def enrol(self, request: pb.EnrolRequest) -> pb.EnrolReply:
         """The server's answer to an enrolment code."""
@@ -126,7 +128,9 @@ class Caller:
                 capabilities=capabilities,
                 model=model,
                 num_examples=num_examples,
+                wait_seconds=self.wait_seconds,
             ),
+            self.wait_seconds,
         )
         _refuse(reply)
         if reply.WhichOneof("outcome") == "finished":
@@ -158,6 +162,24 @@ class Caller:
 
         yield from self._again(attempt, lambda: at >= artefact.size)
 
+    def fetch_together(self, lease: bytes, artefacts: Sequence[Artefact]) -> Iterator[tuple[Artefact, bytes]]:
+        """The bytes of small artefacts by one call, as far as the line and the server give them; the rest is for
+        :meth:`fetch`.
+        """
+        first, *others = artefacts[:MOST_TOGETHER]
+        request = pb.FetchRequest(lease=lease, digest=first.digest, then=[each.digest for each in others])
+        wanted, held = iter([first, *others]), b""
+        current = next(wanted, None)
+        try:
+            for chunk in self._stream("Fetch", request):
+                _refuse(chunk)
+                held += chunk.data
+                while current is not None and len(held) >= current.size:
+                    yield current, held[: current.size]
+                    held, current = held[current.size :], next(wanted, None)
+        except (Later, grpc.RpcError):
+            return
+
     def rows(self, lease: bytes, source: str, ids: IntArray) -> FloatArray:
         """The rows of ``ids``, (n, W)."""
         parts: list[FloatArray] = []
@@ -170,23 +192,27 @@ class Caller:
         reply = self._call("Heartbeat", pb.HeartbeatRequest(lease=lease, progress=progress))
         return float(reply.alive.seconds_left)
 
-    def submit(self, lease: bytes, path: Path) -> bool:
+    def submit(self, lease: bytes, path: Path, *, begun: bool = True) -> bool:
         """Send the update in a file, from where the server has it; whether it had been acknowledged before.
 
-        Returns only when the server has it on its disk.
+        Returns only when the server has it on its disk. One that was never ``begun`` is sent without asking.
 
         Raises:
             Refused: the update does not count; it would not if it were sent again.
         """
         digest = hashlib.sha256(path.read_bytes()).digest()
-        size = path.stat().st_size
+        size, asks = path.stat().st_size, begun
 
         def attempt() -> bool:
-            held = self._once("Resume", pb.ResumeRequest(lease=lease, digest=digest))
-            _refuse(held)
-            if held.WhichOneof("outcome") == "acknowledged":
-                return True
-            offset = held.held.offset if held.held.offset <= size else 0
+            nonlocal asks
+            offset = 0
+            if asks:
+                held = self._once("Resume", pb.ResumeRequest(lease=lease, digest=digest))
+                _refuse(held)
+                if held.WhichOneof("outcome") == "acknowledged":
+                    return True
+                offset = held.held.offset if held.held.offset <= size else 0
+            asks = True
             header = pb.SubmitHeader(lease=lease, digest=digest, size=size, offset=offset)
             reply = self._once("Submit", _parts(header, path, offset))
             _refuse(reply)
@@ -252,19 +278,20 @@ class Caller:
             )
         self.wait(seconds)
 
-    def _call(self, name: str, request: Any) -> Any:
+    def _call(self, name: str, request: Any, held_seconds: float = 0.0) -> Any:
         """The answer to a call, which is made again until there is one: all of them may be made twice."""
 
         def attempt() -> Any:
-            reply = self._once(name, request)
+            reply = self._once(name, request, held_seconds)
             if name != "CheckIn":  # whose caller has better things to do than to wait here
                 _refuse(reply)
             return reply
 
         return self._until_answered(attempt)
 
-    def _once(self, name: str, request: Any) -> Any:
-        return getattr(FederationStub(self.channel), name)(request, metadata=self.metadata, timeout=self.call_seconds)
+    def _once(self, name: str, request: Any, held_seconds: float = 0.0) -> Any:
+        call = getattr(FederationStub(self.channel), name)
+        return call(request, metadata=self.metadata, timeout=self.call_seconds + held_seconds)
 
     def _stream(self, name: str, request: Any) -> Iterator[Any]:
         stub = getattr(FederationStub(self.channel), name)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from fedtower.core.errors import FedtowerError
 from fedtower.core.journal import Journal, Lease, Outcome, RoundRecord, Task, Upload
 from fedtower.core.registry import Registry
 from fedtower.plugins.transports.grpc.answers import Answers
 from fedtower.plugins.transports.grpc.artefact_store import ArtefactStore
+from fedtower.plugins.transports.grpc.bell import TABLE, Bell, ring
 from fedtower.plugins.transports.grpc.bounds import parse
 from fedtower.plugins.transports.grpc.checks import Expected, expected_of, refuse_unfit
 from fedtower.plugins.transports.grpc.codec import data_of_part, decode_submission, refuse_other_protocol
@@ -29,6 +32,7 @@ from fedtower.plugins.transports.grpc.refusals import Reason, Refused
 from fedtower.plugins.transports.grpc.room import Room
 from fedtower.plugins.transports.grpc.rows import ids_of
 from fedtower.plugins.transports.grpc.staging import Staging
+from fedtower.plugins.transports.grpc.waiting import Waiting
 from fedtower.plugins.transports.grpc.windows import Window, read_window
 from fedtower.protos.v1 import federation_pb2 as pb
 
@@ -37,7 +41,9 @@ Result = TypeVar("Result")
 CHUNK_BYTES = 256 << 10
 _SMALL = 64 << 10  # to check so few bytes takes less than to hand them to another thread and back
 _PIECE = 2047
+MOST_TOGETHER = 256
 _LOOK_SECONDS = 0.05  # how old what is known of the windows may be
+_WATCH_SECONDS = 0.25  # how often they are looked at when no bell rings
 _TASKS: Mapping[str, pb.Task.ValueType] = {"train": pb.TASK_TRAIN, "evaluate": pb.TASK_EVALUATE}
 _about: ContextVar[tuple[int, Task] | None] = ContextVar("about", default=None)
 _NAMES: Mapping[int, Task] = {pb.TASK_TRAIN: "train", pb.TASK_EVALUATE: "evaluate"}
@@ -86,6 +92,13 @@ class Limits:
     """Until the first part of an upload is here."""
     slow_seconds: float = 5.0
     """What an upload may take while others wait for its place."""
+    silence_seconds: float = 120.0
+    most_waiting: int = 20_000
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long a check-in is held at most: whoever waits on the line is there."""
+        return self.presence_seconds / 2
 
 
 @dataclass(frozen=True)
@@ -121,9 +134,11 @@ class Intake:
         self.presence = Presence(self.folder / "present")
         self.staging = Staging(self.folder / "staging", self.limits.upload_bytes)
         self.leased = LeasedRows(self.folder / "leased")
+        self.waiting = Waiting(self.limits.most_waiting)
         self._memory = Room(self.limits.memory_bytes, self.limits.slow_seconds)
         self._answers = Answers()
         self._checking = ThreadPoolExecutor(1, "check")
+        self._news = 0  # counts what may make those who wait ask again
 
     async def check_in(self, caller: Caller, data: bytes) -> pb.CheckInReply:
         """A lease, or when to come back."""
@@ -136,6 +151,21 @@ class Intake:
                 f"enrol again",
             )
         self.presence.saw(caller.client)
+        loop = asyncio.get_running_loop()
+        patient = request.wait_seconds > 0  # which NaN is not
+        until = loop.time() + (min(request.wait_seconds, self.limits.wait_seconds) if patient else 0.0)
+        while True:
+            news = self._news
+            reply = await self._offered(caller, request)
+            if reply is not None:
+                return reply
+            if news == self._news and not await self.waiting.called(caller.client, until - loop.time()):
+                break
+        pause = 0.0 if patient and loop.time() >= until else self.limits.come_back_seconds
+        return pb.CheckInReply(come_back=pb.ComeBack(seconds=pause, reason="there is nothing to do now"))
+
+    async def _offered(self, caller: Caller, request: pb.CheckInRequest) -> pb.CheckInReply | None:
+        """A lease, or that it is over; nothing if there is nothing to do."""
         finished = self.finished()
         if finished:
             return pb.CheckInReply(finished=pb.Finished(reason=finished))
@@ -154,23 +184,94 @@ class Intake:
                     if request.num_examples:
                         self.leased.note_examples((window.round, window.task), lease.id, request.num_examples)
                     return pb.CheckInReply(lease=_lease_message(lease, window, self._seconds_left(lease, window)))
-        return pb.CheckInReply(come_back=pb.ComeBack(seconds=self._pause(), reason="there is nothing to do now"))
+        return None
+
+    async def watch(self, bell: Bell) -> None:
+        """Look at the windows whenever the bell rings, and now and then, and call those for whom there is something;
+        without an end.
+        """
+        rung, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def heard() -> None:
+            bell.hush()
+            rung.set()
+
+        loop.add_reader(bell.fileno(), heard)
+        try:
+            while True:
+                try:
+                    self._look()
+                    if self.finished():
+                        self._release()
+                except (FedtowerError, OSError) as error:  # the disk or another process; the next look may do better
+                    self.said("not now", call="watch", message=str(error))
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_WATCH_SECONDS):
+                        await rung.wait()
+                rung.clear()
+        finally:
+            loop.remove_reader(bell.fileno())
+
+    def _release(self) -> None:
+        """Let those who wait ask again."""
+        self._news += 1
+        self.waiting.call_all()
 
     async def fetch(self, caller: Caller, data: bytes) -> AsyncIterator[pb.Chunk]:
-        """An artefact in chunks."""
+        """An artefact in chunks, and small ones that are asked for with it."""
         request = parse(pb.FetchRequest, data, whose=caller.whose)
-        self._lease_of(caller, request.lease)
-        path = self.artefacts.path(request.digest)
-        if len(request.digest) != 32 or not path.is_file():
+        window = self._lease_of(caller, request.lease)
+        first, others = request.digest, [each for each in dict.fromkeys(request.then) if each != request.digest]
+        path = self.artefacts.path(first)
+        if len(first) != 32 or not path.is_file():
+            raise self._without(caller, window, first)
+        if len(others) > MOST_TOGETHER:
             raise Refused(
-                Reason.UNKNOWN_ARTEFACT,
-                f"{caller.whose} asked for an artefact {request.digest.hex()[:16]!r} that is not here",
+                Reason.TOO_LARGE, f"{caller.whose} asked for {len(others)} artefacts at once; {MOST_TOGETHER} may be"
             )
+        held = bytearray()
         with path.open("rb") as file:
             file.seek(request.offset)
             while block := file.read(CHUNK_BYTES):
-                self.meters.sent(len(block))
-                yield pb.Chunk(data=block)
+                held += block
+                while len(held) >= CHUNK_BYTES:
+                    yield self._chunk(held)
+        for data in self._small(others):
+            held += data
+            while len(held) >= CHUNK_BYTES:
+                yield self._chunk(held)
+        if held:
+            yield self._chunk(held)
+
+    def _small(self, digests: Sequence[bytes]) -> Iterator[bytes]:
+        """Artefacts of a chunk's size at most, up to the first that is larger, or not here."""
+        for digest in digests:
+            path = self.artefacts.path(digest)
+            try:
+                if len(digest) != 32 or path.stat().st_size > CHUNK_BYTES:
+                    return
+                yield path.read_bytes()
+            except FileNotFoundError:
+                return
+
+    def _chunk(self, held: bytearray) -> pb.Chunk:
+        """The next chunk, taken from what is held."""
+        data = bytes(held[:CHUNK_BYTES])
+        del held[:CHUNK_BYTES]
+        self.meters.sent(len(data))
+        return pb.Chunk(data=data)
+
+    def _without(self, caller: Caller, window: tuple[int, Task], digest: bytes) -> Refused:
+        """Why an artefact is not here: what a round was sent goes when it is over."""
+        if window not in self._open:
+            return Refused(
+                Reason.ROUND_CLOSED,
+                f"round {window[0]} ({window[1]}) waits for nothing more, and what it was sent is gone; {caller.whose} "
+                f"may check in again",
+            )
+        return Refused(
+            Reason.UNKNOWN_ARTEFACT, f"{caller.whose} asked for an artefact {digest.hex()[:16]!r} that is not here"
+        )
 
     async def fetch_rows(self, caller: Caller, data: bytes) -> AsyncIterator[bytes]:
         """Rows, as serialised RowsChunks: passed on from the table process unread."""
@@ -197,7 +298,6 @@ class Intake:
         """More time for a lease."""
         request = parse(pb.HeartbeatRequest, data, whose=caller.whose)
         round, task = self._lease_of(caller, request.lease)
-        self.presence.saw(caller.client)
         window = self._expected(round, task, caller).window
         lease = await self._durable(self.journal.renew(request.lease, window.lease_seconds))
         if lease is None:
@@ -223,6 +323,7 @@ class Intake:
     async def drain(self, seconds: float) -> bool:
         """Give out no more tasks, and wait for the uploads that are on their way; whether all came in ``seconds``."""
         self.draining, until = True, asyncio.get_running_loop().time() + seconds
+        self._release()
         while self.uploads and asyncio.get_running_loop().time() < until:
             await asyncio.sleep(0.02)
         return not self.uploads
@@ -246,6 +347,8 @@ class Intake:
             finally:
                 self.staging.forget((round, task), header.lease, header.digest)
         _refuse_outcome(outcome, caller, round)
+        if outcome is Outcome.ACCEPTED:
+            ring(self.folder / "bells", TABLE)
         self.meters.acknowledged(task, duplicate=outcome is Outcome.DUPLICATE)
         return pb.SubmitReply(acknowledged=pb.Acknowledged(duplicate=outcome is Outcome.DUPLICATE))
 
@@ -305,6 +408,7 @@ class Intake:
                 Reason.UNKNOWN_LEASE, f"{caller.whose} has no lease {lease.hex()[:16]!r} here; check in to be given one"
             )
         _about.set(held[:2])
+        self.presence.saw(caller.client)
         return held[0], held[1]
 
     def _found(self, lease: bytes) -> tuple[int, Task, int] | None:
@@ -328,26 +432,35 @@ class Intake:
         """The windows that are open, as they stood at most 50 ms ago."""
         now = asyncio.get_running_loop().time()
         if now - self._looked > _LOOK_SECONDS:
-            self._looked = now
-            self._records = self.journal.rounds()
-            try:
-                self.presence.write(within_seconds=self.limits.presence_seconds)
-            except OSError as error:  # a full disk: who is there is no promise, and calls are answered all the same
-                self.said("presence_not_written", message=str(error))
-            wanted = {(record.round, record.task) for record in self._records if record.state == "open"}
-            for gone in self._open.keys() - wanted:
-                del self._open[gone]
-                self._leases = {lease: held for lease, held in self._leases.items() if held[:2] != gone}
-                for folder in (self.leased.folder, self.staging.folder):
-                    remove_ended(folder, self._records)
-            for round, task in wanted - self._open.keys():
-                window = read_window(self.folder / "windows", round, task)
-                if window is not None:
-                    self._open[round, task] = Open(
-                        window, expected_of(window, self.artefacts, self.federation, self.registry)
-                    )
-            self.meters.windows(self._records)
+            self._look()
         return [self._open[key].window for key in sorted(self._open)]
+
+    def _look(self) -> None:
+        """Read how the windows stand, and call the clients of those that have opened."""
+        self._looked = asyncio.get_running_loop().time()
+        self._records = self.journal.rounds()
+        for client in self.waiting.clients():
+            self.presence.saw(client)
+        try:
+            self.presence.write(within_seconds=max(self.limits.presence_seconds, self.limits.silence_seconds))
+        except OSError as error:  # a full disk: who is there is no promise, and calls are answered all the same
+            self.said("presence_not_written", message=str(error))
+        wanted = {(record.round, record.task) for record in self._records if record.state == "open"}
+        for gone in self._open.keys() - wanted:
+            del self._open[gone]
+            self._leases = {lease: held for lease, held in self._leases.items() if held[:2] != gone}
+            for folder in (self.leased.folder, self.staging.folder):
+                remove_ended(folder, self._records)
+        for round, task in wanted - self._open.keys():
+            window = read_window(self.folder / "windows", round, task)
+            # Neither is there any more if the table process has been quicker.
+            if window is not None and self.artefacts.path(window.digest).is_file():
+                self._open[round, task] = Open(
+                    window, expected_of(window, self.artefacts, self.federation, self.registry)
+                )
+                self._news += 1
+                self.waiting.call(window.clients)
+        self.meters.windows(self._records)
 
     async def _durable(self, promised: Future[Result]) -> Result:
         """What the journal says, once it is on the disk."""

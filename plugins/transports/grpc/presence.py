@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from fedtower.core.journal import Clock, since_boot
 from fedtower.core.rows import IntArray
 
 EVERY_SECONDS = 0.5
+_GONE_SECONDS = 3.0  # without a word of an intake
 
 
 @dataclass
@@ -25,6 +27,7 @@ class Presence:
     clock: Clock = since_boot
     _seen: dict[int, float] = field(default_factory=dict)
     _written: float = -np.inf
+    _since: float | None = None
 
     def saw(self, client: int) -> None:
         """A client has called."""
@@ -37,6 +40,8 @@ class Presence:
             return
         self._seen = {client: at for client, at in self._seen.items() if now.seconds - at <= within_seconds}
         self._written = now.seconds
+        if self._since is None:
+            self._since = now.seconds
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{now.boot}-{os.getpid()}.npy"
         held = np.array([(client, at) for client, at in sorted(self._seen.items())], dtype=np.float64).reshape(-1, 2)
@@ -44,6 +49,8 @@ class Presence:
         with unfinished.open("wb") as file:
             np.save(file, held, allow_pickle=False)
         unfinished.replace(path)
+        unfinished.write_text(json.dumps({"since": self._since, "until": now.seconds}), encoding="ascii")
+        unfinished.replace(path.with_suffix(".listening"))
 
 
 def present(folder: Path, within_seconds: float, clock: Clock = since_boot) -> IntArray:
@@ -58,6 +65,26 @@ def present(folder: Path, within_seconds: float, clock: Clock = since_boot) -> I
 def look(folder: Path, within_seconds: float, clock: Clock = since_boot) -> IntArray:
     """The same, for somebody who only looks: no file goes."""
     return _distinct(_seen(folder, within_seconds, clock))
+
+
+def silent(folder: Path, clients: IntArray, seconds: float, clock: Clock = since_boot) -> IntArray:
+    """Those of ``clients`` that have called no intake for so many seconds, although one listened all the while."""
+    now, listened, heard = clock(), False, [np.zeros(0, dtype=np.int64)]
+    for path in folder.glob("*.listening"):
+        if path.name.rpartition("-")[0] != now.boot:
+            path.unlink(missing_ok=True)
+            continue
+        try:
+            times = json.loads(path.read_text(encoding="ascii"))
+            held = np.load(path.with_suffix(".npy"), allow_pickle=False)
+        except (OSError, ValueError):
+            continue
+        until = float(times["until"])
+        if now.seconds - until > _GONE_SECONDS + seconds:
+            path.unlink(missing_ok=True)  # of a process that has ended
+        listened |= until - float(times["since"]) >= seconds and now.seconds - until <= _GONE_SECONDS
+        heard.append(held[now.seconds - held[:, 1] <= seconds, 0].astype(np.int64))
+    return np.setdiff1d(clients, np.concatenate(heard)) if listened else clients[:0]
 
 
 def _seen(folder: Path, within_seconds: float, clock: Clock) -> list[tuple[Path, IntArray]]:

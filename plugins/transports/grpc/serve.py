@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import resource
 import signal
 import sys
@@ -23,6 +24,7 @@ from fedtower.core.checkpoint import storage_errors
 from fedtower.core.errors import FedtowerError
 from fedtower.core.registry import Registry, discover
 from fedtower.core.settings import Part, build
+from fedtower.plugins.transports.grpc.bell import Bell
 from fedtower.plugins.transports.grpc.credentials import Credentials
 from fedtower.plugins.transports.grpc.health import Health
 from fedtower.plugins.transports.grpc.intake import Intake, Limits
@@ -89,7 +91,11 @@ async def serve(config: dict[str, Any], registry: Registry) -> None:
         rows=SocketRows(channel),
         meters=Meters(),
         registry=registry,
-        limits=Limits(upload_bytes=settings.upload_mb << 20, presence_seconds=settings.presence_seconds),
+        limits=Limits(
+            upload_bytes=settings.upload_mb << 20,
+            presence_seconds=settings.presence_seconds,
+            silence_seconds=settings.lease_seconds,
+        ),
         log=lambda word, values: log.write(word, **values),
     )
     intake.meters.go_on(seat.counted())
@@ -99,7 +105,8 @@ async def serve(config: dict[str, Any], registry: Registry) -> None:
     server = public_server(intake, credentials, build(RateSettings, config.get("rates", {}), path="rates"))
     port = address.bind(server)
     await server.start()
-    looking = asyncio.create_task(health.watch())
+    bell = Bell.hang(folder / "bells", f"intake-{os.getpid()}")
+    looking = [asyncio.create_task(health.watch()), asyncio.create_task(intake.watch(bell))]
     page = "" if web is None else web.address
     _write_ready(folder, port, page)
     log.write("started", port=port, page=page, insecure=address.insecure)
@@ -109,7 +116,10 @@ async def serve(config: dict[str, Any], registry: Registry) -> None:
     until = time.monotonic() + seconds
     is_whole = await intake.drain(seconds)
     await server.stop(max(until - time.monotonic(), 0.5))  # no new calls; those that run may end
-    looking.cancel()
+    for task in looking:
+        task.cancel()
+    await asyncio.wait(looking)
+    bell.close()
     log.write("stopped", all_uploads_came=is_whole)
     if web is not None:
         web.close()

@@ -6,10 +6,12 @@ so memory does not grow with the cohort; a process that was killed reads the sam
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import numpy as np
 
@@ -25,9 +27,11 @@ from fedtower.core.transport import Abandoned, Visit
 from fedtower.core.updates import Updates
 from fedtower.plugins.transports.grpc.arrivals import ArrivalTimes
 from fedtower.plugins.transports.grpc.artefact_store import ArtefactStore
-from fedtower.plugins.transports.grpc.artefacts import Artefact, encode_parameter
+from fedtower.plugins.transports.grpc.artefacts import encode_parameter
+from fedtower.plugins.transports.grpc.bell import INTAKES, ring
 from fedtower.plugins.transports.grpc.codec import decode_submission
-from fedtower.plugins.transports.grpc.plans import PublishedPlan, encode_plan, sign_plan
+from fedtower.plugins.transports.grpc.plans import PublishedPlan, sign_plan
+from fedtower.plugins.transports.grpc.presence import silent
 from fedtower.plugins.transports.grpc.windows import Window, forget_windows, read_window
 from fedtower.recsys.evaluation import MetricSum
 
@@ -36,13 +40,16 @@ from fedtower.recsys.evaluation import MetricSum
 class Terms:
     """How long a window waits, and for how much.
 
-    ``target`` updates are enough to close it; at the deadline, ``quorum`` (a share of the target) is.
+    ``target`` updates are enough to close it; at the deadline, ``quorum`` (a share of the target) is, and so it is when
+    everybody else has been silent for ``lease_seconds``. An evaluation, for which the training waits, then ends with
+    whatever there is, and after ``evaluation_seconds`` at the latest.
     """
 
     lease_seconds: float
     heartbeat_seconds: float
     deadline_seconds: float
     quorum: float
+    evaluation_seconds: float | None = None
 
 
 @dataclass
@@ -66,7 +73,8 @@ class TableSide:
     clock: Clock = since_boot
     target: int | None = None
     current: Event = field(default_factory=Event, repr=False)
-    _last: PublishedPlan | None = field(default=None, repr=False)
+    pause: Callable[[float], Any] = time.sleep
+    _living: dict[tuple[int, Task], set[bytes]] = field(default_factory=dict, repr=False)
 
     @property
     def artefacts(self) -> ArtefactStore:
@@ -93,9 +101,10 @@ class TableSide:
 
     def judged(self, plan: Plan, clients: IntArray) -> dict[str, MetricSum]:
         """The metrics of the devices' own held-out items: sums and counts over all that answered in time."""
-        window = self.opened(plan, "evaluate", clients, len(clients), self.terms)
+        terms = replace(self.terms, deadline_seconds=self.terms.evaluation_seconds or self.terms.deadline_seconds)
+        window = self.opened(plan, "evaluate", clients, len(clients), terms)
         totals: dict[str, MetricSum] = {}
-        for upload in self._in_vain(self._accepted(window, self.terms)):
+        for upload in self._in_vain(self._accepted(window, terms)):
             for name, each in decode_submission(upload.payload, upload.client, most_bytes=self.most_bytes).sums.items():
                 held = totals.get(name, MetricSum(0.0, 0))
                 totals[name] = MetricSum(held.total + each.total, held.cases + each.cases)
@@ -109,6 +118,7 @@ class TableSide:
 
     def committed(self, round: int, task: Task = "train") -> None:
         """What came of a window's updates is in the state of the training."""
+        self._living.pop((round, task), None)
         record = self.journal.record(round, task)
         if record.state != "abandoned":
             self.journal.advance(self.epoch, round, task, "committed")
@@ -117,8 +127,6 @@ class TableSide:
         """A checkpoint holds the state after this round: what led to it may go."""
         self.journal.retire(self.epoch, round)
         forget_windows(self.windows, round)
-        if self._last is not None:
-            self.artefacts.keep_only(self._named(self._last))
 
     def opened(
         self,
@@ -153,13 +161,16 @@ class TableSide:
                 concurrency=concurrency,
             )
             held.write(self.windows)
-        self._last = published
+        # What rounds that are over were sent is of no use: a parameter of every round would fill the disk.
+        self._living[plan.round, task] = self._named(published, digest)
+        self.artefacts.keep_only(set[bytes]().union(*self._living.values()))
         try:
             record = self.journal.record(plan.round, task)
         except WrongState:  # it is not there
             record = self.journal.open_round(self.epoch, plan.round, task, digest.hex())
         if record.state == "open" and concurrency is None:
             self.current.set()
+        ring(self.folder / "bells", INTAKES)
         return held
 
     def _accepted_before(self, round: int) -> int:
@@ -175,17 +186,22 @@ class TableSide:
         Raises:
             Abandoned: the deadline came before the quorum; the window was abandoned.
         """
-        round, task, after = window.round, window.task, 0
+        round, task, after, answered = window.round, window.task, 0, set[int]()
         while True:
             left = window.deadline_seconds - elapsed(window.opened, self.clock())
-            record = wait(self.journal, round, task, after, min(max(left, 0.0), 1.0))
+            record = wait(self.journal, round, task, after, min(max(left, 0.0), 1.0), self.pause)
             for each in self.journal.accepted(round, task, after):
                 yield each
                 after = each.position
+                answered.add(each.client)
             if record.state != "open":
                 break
-            if record.accepted >= window.target or left <= 0:
-                record = self._closed(window, record.accepted, terms)
+            accepted = max(record.accepted, after)  # what came while the others were read counts as well
+            if accepted >= window.target or left <= 0:
+                record = self._closed(window, accepted, terms, f"after {window.deadline_seconds:g} s")
+            elif self._is_deserted(window, accepted, answered, terms):
+                why = f"when the others had been silent for {terms.lease_seconds:g} s"
+                record = self._closed(window, accepted, terms, why)
         if record.state == "abandoned":
             raise Abandoned(record.reason)
         # What was accepted between the last look and the closing.
@@ -198,14 +214,19 @@ class TableSide:
         except Abandoned as reason:
             self.said(f"not all devices judged: {reason}")
 
-    def _closed(self, window: Window, accepted: int, terms: Terms) -> RoundRecord:
-        needed = max(int(np.ceil(terms.quorum * window.target)), 1)
+    def _is_deserted(self, window: Window, accepted: int, answered: set[int], terms: Terms) -> bool:
+        """Whether what there is is enough, and nobody is left who could bring more."""
+        is_enough = window.task == "evaluate" or accepted >= _needed(window, terms)
+        if not is_enough or elapsed(window.opened, self.clock()) < terms.lease_seconds:
+            return False
+        missing = np.setdiff1d(window.clients, np.fromiter(answered, dtype=np.int64))
+        return len(silent(self.folder / "present", missing, terms.lease_seconds, self.clock)) == len(missing)
+
+    def _closed(self, window: Window, accepted: int, terms: Terms, when: str) -> RoundRecord:
+        needed = _needed(window, terms)
         if accepted >= needed:
             return self.journal.advance(self.epoch, window.round, window.task, "closed")
-        reason = (
-            f"after {window.deadline_seconds:g} s there were {accepted} of {window.target} updates, and the quorum is "
-            f"{needed}"
-        )
+        reason = f"{when} there were {accepted} of {window.target} updates, and the quorum is {needed}"
         return self.journal.advance(self.epoch, window.round, window.task, "abandoned", reason)
 
     def _published(self, plan: Plan) -> PublishedPlan:
@@ -216,10 +237,14 @@ class TableSide:
         named = tuple(store.put(name, encode_parameter(name, value)) for name, value in parameters)
         return replace(self.template, round=plan.round, parameters=named, local=plan.local, train_rows=plan.train_rows)
 
-    def _named(self, plan: PublishedPlan) -> set[bytes]:
+    def _named(self, plan: PublishedPlan, digest: bytes) -> set[bytes]:
         """The digests of all that a plan names, and its own."""
-        own = Artefact.of("plan", encode_plan(plan))
-        return {each.digest for each in (own, plan.bundle, *plan.files, *plan.parameters)}
+        return {digest, *(each.digest for each in (plan.bundle, *plan.files, *plan.parameters))}
+
+
+def _needed(window: Window, terms: Terms) -> int:
+    """How many updates are a quorum."""
+    return max(int(np.ceil(terms.quorum * window.target)), 1)
 
 
 def elapsed(since: Instant, now: Instant) -> float:

@@ -21,6 +21,7 @@ from fedtower.core.staleness import AsynchronousSettings
 from fedtower.core.transport import Asked, Version, Visit
 from fedtower.core.updates import Updates
 from fedtower.plugins.transports.grpc.artefacts import Artefact
+from fedtower.plugins.transports.grpc.bell import INTAKES, TABLE, Bell, ring
 from fedtower.plugins.transports.grpc.buffered import Buffered
 from fedtower.plugins.transports.grpc.plans import PublishedPlan, RowSource
 from fedtower.plugins.transports.grpc.presence import look, present
@@ -45,7 +46,8 @@ class Grpc:
     target: int = field(default=0, metadata={"help": "updates that end a round; 0: the cohort says"})
     quorum: float = field(default=1.0, metadata={"help": "share of the target that is enough at the deadline"})
     deadline_seconds: float = field(default=600.0, metadata={"help": "how long a round waits, unless a plugin decides"})
-    lease_seconds: float = field(default=120.0, metadata={"help": "how long a silent device keeps its task"})
+    evaluation_seconds: float = field(default=0.0, metadata={"help": "how long an evaluation waits; 0: as a round"})
+    lease_seconds: float = field(default=120.0, metadata={"help": "how long a silent device is waited for"})
     heartbeat_seconds: float = field(default=15.0, metadata={"help": "how often a working device calls"})
     presence_seconds: float = field(default=30.0, metadata={"help": "who called so lately is there"})
     upload_mb: int = field(default=256, metadata={"help": "the largest update"})
@@ -54,10 +56,10 @@ class Grpc:
         for name in ("deadline_seconds", "lease_seconds", "heartbeat_seconds", "presence_seconds", "upload_mb"):
             if getattr(self, name) <= 0:
                 raise RecipeError(f"transport.{name} must be above 0, not {getattr(self, name)}")
-        if not 0 < self.quorum <= 1 or self.wait_for < 0 or self.target < 0:
+        if not 0 < self.quorum <= 1 or min(self.wait_for, self.target, self.evaluation_seconds) < 0:
             raise RecipeError(
-                f"transport.quorum must be above 0 and at most 1, and wait_for and target not negative; they are "
-                f"{self.quorum}, {self.wait_for} and {self.target}"
+                f"transport.quorum must be above 0 and at most 1, and wait_for, target and evaluation_seconds not "
+                f"negative; they are {self.quorum}, {self.wait_for}, {self.target} and {self.evaluation_seconds:g}"
             )
         if self.heartbeat_seconds >= self.lease_seconds:
             raise RecipeError(
@@ -107,6 +109,7 @@ class GrpcLine:
     rows: RowStore | None
     server: grpc.Server | None
     wait_for: int
+    bell: Bell
     asynchronous: AsynchronousSettings | None = None
     keeps_time: ClassVar[bool] = True
 
@@ -118,7 +121,9 @@ class GrpcLine:
             heartbeat_seconds=settings.heartbeat_seconds,
             deadline_seconds=settings.deadline_seconds,
             quorum=settings.quorum,
+            evaluation_seconds=settings.evaluation_seconds or None,
         )
+        bell = Bell.hang(opening.folder / "bells", TABLE)
         side = TableSide(
             folder=opening.folder,
             journal=opening.journal,
@@ -129,6 +134,7 @@ class GrpcLine:
             said=opening.said,
             most_bytes=settings.upload_mb << 20,
             target=settings.target or None,
+            pause=bell.wait,
         )
         for name in (MANIFEST, *opening.bundle.manifest.files):
             side.artefacts.put(name, (opening.bundle.path / name).read_bytes())
@@ -140,7 +146,7 @@ class GrpcLine:
             server = serve_rows(rows, address, side.current)
         most_wanted = opening.cohort_size if opening.asynchronous is None else opening.asynchronous.buffer
         wait_for = settings.wait_for or most_wanted or 1
-        return cls(settings, opening.folder, side, rows, server, wait_for, opening.asynchronous)
+        return cls(settings, opening.folder, side, rows, server, wait_for, bell, opening.asynchronous)
 
     @property
     def buffered(self) -> Buffered:
@@ -193,11 +199,13 @@ class GrpcLine:
     def finished(self, reason: str) -> None:
         """Devices that call are told that it is over."""
         (self.folder / "finished").write_text(reason, encoding="utf-8")
+        ring(self.folder / "bells", INTAKES)
 
     def close(self) -> None:
         """End the server of rows, and close the journal."""
         if self.server is not None:
             self.server.stop(1.0).wait()
+        self.bell.close()
         self.side.journal.close()
 
     def _those_there(self) -> IntArray:

@@ -126,11 +126,12 @@ class Visitor:
         """
         upload = Upload(self.folder / "uploads", leased.lease)
         with self._alive(leased) as alive:
-            if not upload.is_ready():  # else it was done, and the device ended before it was handed in
+            begun = upload.is_ready()
+            if not begun:  # else it was done, and the device ended before it was handed in
                 submission, run, states = self._work(leased, alive)
                 upload.write(encode_submission(submission), run, states)
             try:
-                duplicate = self.caller.submit(leased.lease, upload.path)
+                duplicate = self.caller.submit(leased.lease, upload.path, begun=begun)
             except Refused:
                 upload.remove()
                 raise
@@ -252,6 +253,8 @@ class Visitor:
     def _parameters(self, leased: Leased, plan: PublishedPlan, bundle: Bundle) -> Mapping[str, FloatArray]:
         """The shared parameters, in the order of the bundle; those that did not change are here already."""
         keep = [each.digest for each in (plan.bundle, *plan.files, *plan.parameters)]
+        self._cache.keep_only([leased.plan.artefact.digest, *keep])
+        self._cache.gather(plan.parameters, lambda several: self.caller.fetch_together(leased.lease, several))
         fetched = {
             each.name: decode_parameter(each, self._fetched(leased, each, keep).read_bytes())
             for each in plan.parameters
@@ -259,8 +262,11 @@ class Visitor:
         return {name: fetched[name] for name in bundle.manifest.parameters if name in fetched} | fetched
 
     def _fetched(self, leased: Leased, artefact: Artefact, keep: list[bytes] | None = None) -> Path:
-        cache = ArtefactCache(self.folder / "cache", self.cache_bytes)
-        return cache.get(artefact, lambda each, at: self.caller.fetch(leased.lease, each, at), keep=keep or ())
+        return self._cache.get(artefact, lambda each, at: self.caller.fetch(leased.lease, each, at), keep=keep or ())
+
+    @property
+    def _cache(self) -> ArtefactCache:
+        return ArtefactCache(self.folder / "cache", self.cache_bytes)
 
     @contextmanager
     def _alive(self, leased: Leased) -> Iterator[Callable[[], None]]:
