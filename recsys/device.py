@@ -5,7 +5,7 @@ fed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -172,6 +172,12 @@ class BundleScorer:
     format: Format
     precision: Precision = "float32"
     newer: Mapping[str, FloatArray] = field(default_factory=dict)
+
+    def updated(self, newer: Mapping[str, FloatArray]) -> BundleScorer:
+        """The same graph in the same engine, with other parameters."""
+        other: BundleScorer = replace(self, newer=newer)
+        other.__dict__["_graph"] = self._graph  # where cached_property keeps it
+        return other
 
     @cached_property
     def _graph(self) -> DeviceGraph:

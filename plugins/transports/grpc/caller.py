@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -213,8 +213,7 @@ class Caller:
                     return True
                 offset = held.held.offset if held.held.offset <= size else 0
             asks = True
-            header = pb.SubmitHeader(lease=lease, digest=digest, size=size, offset=offset)
-            reply = self._once("Submit", _parts(header, path, offset))
+            reply = self._once("Submit", upload_parts(lease, path, offset))
             _refuse(reply)
             return bool(reply.acknowledged.duplicate)
 
@@ -298,8 +297,10 @@ class Caller:
         return iter(stub(request, metadata=self.metadata, timeout=self.call_seconds))
 
 
-def _parts(header: pb.SubmitHeader, path: Path, offset: int) -> Iterable[pb.SubmitPart]:
-    yield pb.SubmitPart(header=header)
+def upload_parts(lease: bytes, path: Path, offset: int) -> Iterator[pb.SubmitPart]:
+    """What is sent of the update in a file, from an offset on: the header, and its bytes."""
+    digest, size = hashlib.sha256(path.read_bytes()).digest(), path.stat().st_size
+    yield pb.SubmitPart(header=pb.SubmitHeader(lease=lease, digest=digest, size=size, offset=offset))
     with path.open("rb") as file:
         file.seek(offset)
         while data := file.read(PART_BYTES):

@@ -99,7 +99,7 @@ class Device:
             SignatureError: what came is not of the server whose key is pinned.
         """
         shard, chance = read_shard(self.data), Random()
-        stranger = Caller(channel, (), self.back_off, chance, self.wait)
+        stranger = self.caller(channel, chance)
         enrolled = self._enrolled(stranger, f"{platform.node()}-{shard.client}")
         caller = replace(stranger, metadata=enrolled.metadata)
         visitor = Visitor(
@@ -108,7 +108,7 @@ class Device:
             shard=shard,
             folder=self.folder,
             registry=self.registry,
-            engines=self.engines,
+            engines=self.engine(),
             federation=enrolled.federation,
             cache_bytes=self.cache_bytes,
             hooks=self.hooks,
@@ -140,6 +140,14 @@ class Device:
                     raise
                 self.wait(chance.uniform(0.2, 1.0))
         return done
+
+    def caller(self, channel: grpc.Channel, chance: Random) -> Caller:
+        """The device's end of the wire."""
+        return Caller(channel, (), self.back_off, chance, self.wait)
+
+    def engine(self) -> Engines:
+        """What runs the graphs."""
+        return self.engines
 
     def _enrolled(self, caller: Caller, name: str) -> Enrolled:
         """Who this device is: kept since it enrolled, or found out now.

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from dataclasses import replace
 from importlib import import_module
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import click
 
 from fedtower.core.cli import pass_registry
-from fedtower.core.errors import DataError, FedtowerError
+from fedtower.core.draws import Draws
+from fedtower.core.errors import DataError
 from fedtower.core.hooks import Hooks
 from fedtower.core.registry import Registry
 from fedtower.core.settings import build
 from fedtower.plugins.transports.grpc.caller import BackOff
 from fedtower.plugins.transports.grpc.device import Device, Place, Said
 from fedtower.plugins.transports.grpc.engines import Engines
+from fedtower.plugins.transports.grpc.swarm import Swarm, Tally, summary
+from fedtower.plugins.transports.grpc.vanishing import Fate, Vanishing, VanishingDevice
 from fedtower.recsys.device import format_of
 
 _SHARED = (
@@ -93,18 +94,28 @@ def device(
     "--data", required=True, type=click.Path(path_type=Path, file_okay=False), help="A folder of shards, one a device."
 )
 @click.option("-n", "count", type=click.IntRange(min=1), help="So many devices, from client 0 on; default: all.")
-@click.option(
-    "--lines",
-    default=1,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Connections to the server, shared out among the devices; several intakes are met over several.",
-)
+@click.option("--first", default=0, show_default=True, type=click.IntRange(min=0), help="The first shard's place.")
 @click.option(
     "--codes",
     type=click.Path(path_type=Path, dir_okay=False),
     help="A file of enrolment codes, one a line: that of client 0 first.",
 )
+@click.option(
+    "--vanish",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0.0, 1.0),
+    help="In this share of its visits a device is gone without a word, at a stage drawn by chance.",
+)
+@click.option(
+    "--away",
+    default=10.0,
+    show_default=True,
+    type=click.FloatRange(0.0, min_open=True),
+    help="Seconds until it is back.",
+)
+@click.option("--seed", default=0, show_default=True, type=int, help="Of who vanishes when.")
+@click.option("-v", "--verbose", is_flag=True, help="What each device does, too.")
 @_shared
 @pass_registry
 def swarm(
@@ -112,49 +123,57 @@ def swarm(
     /,
     data: Path,
     count: int | None,
-    lines: int,
+    first: int,
     codes: Path | None,
+    vanish: float,
+    away: float,
+    seed: int,
+    verbose: bool,
     tasks: int | None,
     as_json: bool,
     **shared: Any,
 ) -> None:
     """Run many devices in this process, each with its shard, until the federation is over: for trials, and for load.
 
-    They share lines to the server and an engine; each has its own data, token, cache and calls.
+    They share a line to the server and an engine; each has its own data, token, cache and calls. Every five seconds a
+    line says how they fare. A process of Python keeps one core busy at most: start several with --first.
 
     \b
-    Example:
+    Examples:
       fedtower swarm --server 127.0.0.1:7433 --data shards -n 20 --codes codes
+      fedtower swarm --server 127.0.0.1:7433 --data shards -n 500 --first 500 --codes codes --vanish 0.3
     """
-    shards = sorted(data.glob("client-*.safetensors"))[:count]
+    shards = sorted(data.glob("client-*.safetensors"))[first:][:count]
     if not shards or len(shards) < (count or 1):
         raise DataError(
             f"{data} holds {len(shards)} shards, and {count or 1} are needed; `fedtower data shard` writes them"
         )
     given = codes.read_text(encoding="utf-8").split() if codes else []
-    made = _maker(registry, **shared)
-    say = _as_json if as_json else _in_words
+    made, tally = _maker(registry, **shared), Tally(len(shards))
+    say = _as_json if as_json else _in_words if verbose else _not_at_all
+    running = Swarm([], tally, _progress_as_json if as_json else click.echo)
+    draws = Draws(seed).under("vanish")
 
-    def said_by(path: Path) -> Said:
-        return lambda word, values: say(word, {"client": int(path.stem.rpartition("-")[2]), **values})
+    def device_of(place: int, path: Path) -> Device:
+        client = int(path.stem.rpartition("-")[2])
 
-    devices = [
-        made(path, path.with_suffix(".device"), given[place] if place < len(given) else None, said_by(path))
-        for place, path in enumerate(shards)
-    ]
-    failed: list[FedtowerError] = []
-    with ExitStack() as opened:
-        channels = [opened.enter_context(devices[0].place.channel()) for _ in range(min(lines, len(devices)))]
-        threads = opened.enter_context(ThreadPoolExecutor(len(devices)))
-        pairs = zip(devices, cycle(channels), strict=False)
-        for running in [threads.submit(one.run, channel, most_tasks=tasks) for one, channel in pairs]:
-            try:
-                running.result()
-            except FedtowerError as error:
-                failed.append(error)
-    if failed:
-        click.echo(f"{len(failed)} of {len(devices)} devices failed", err=True)
-        raise failed[0]
+        def said(word: str, values: dict[str, Any]) -> None:
+            tally.told(client, word, values)
+            say(word, {"client": client, **values})
+
+        code = given[place] if place < len(given) else None
+        one = replace(made(path, path.with_suffix(".device"), code, said), wait=running.wait)
+        if not vanish:
+            return one
+        return VanishingDevice(**vars(one), fate=Fate(Vanishing(vanish, away, draws), client))
+
+    running.devices = [device_of(place, path) for place, path in enumerate(shards, first)]
+    with running.devices[0].place.channel() as channel:
+        running.run(channel, most_tasks=tasks)
+    running.say(tally.line())
+    if tally.failed:
+        click.echo(summary(tally.failed, len(shards)), err=True)
+        raise tally.failed[0]
 
 
 def _maker(
@@ -196,6 +215,14 @@ def _maker(
 
 def _as_json(word: str, values: dict[str, Any]) -> None:
     click.echo(json.dumps({"event": word, **values}))
+
+
+def _progress_as_json(line: str) -> None:
+    _as_json("progress", {"message": line})
+
+
+def _not_at_all(word: str, values: dict[str, Any]) -> None:
+    pass
 
 
 def _in_words(word: str, values: dict[str, Any]) -> None:

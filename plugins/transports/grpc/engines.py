@@ -11,7 +11,7 @@ from fedtower.core.plan import FloatArray, LocalSettings, Plan
 from fedtower.core.runtime import Work
 from fedtower.core.updates import Updates
 from fedtower.recsys.bundle import Bundle
-from fedtower.recsys.device import DeviceRuntime, Format
+from fedtower.recsys.device import BundleScorer, DeviceRuntime, Format
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Engines:
 
     format: Format
     _held: dict[tuple[str, LocalSettings], DeviceRuntime] = field(default_factory=dict, repr=False)
+    _scorers: dict[str, BundleScorer] = field(default_factory=dict, repr=False)
     _lock: Lock = field(default_factory=Lock, repr=False)
     _turn: RLock = field(default_factory=RLock, repr=False)
 
@@ -34,6 +35,13 @@ class Engines:
                 self._held = {other: held for other, held in self._held.items() if other[0] == bundle.digest}
                 self._held[key] = DeviceRuntime(bundle, local, self.format)
             return InTurns(self._held[key], self)
+
+    def scorer(self, bundle: Bundle, newer: Mapping[str, FloatArray]) -> BundleScorer:
+        """What scores with a bundle and newer parameters; :meth:`alone` is held while it does."""
+        with self._lock:
+            if bundle.digest not in self._scorers:
+                self._scorers = {bundle.digest: BundleScorer(bundle, self.format)}
+            return self._scorers[bundle.digest].updated(newer)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

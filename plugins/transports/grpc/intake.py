@@ -263,6 +263,7 @@ class Intake:
 
     def _without(self, caller: Caller, window: tuple[int, Task], digest: bytes) -> Refused:
         """Why an artefact is not here: what a round was sent goes when it is over."""
+        self._look()
         if window not in self._open:
             return Refused(
                 Reason.ROUND_CLOSED,

@@ -36,7 +36,6 @@ from fedtower.plugins.transports.grpc.plans import PublishedPlan, open_plan
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
 from fedtower.plugins.transports.grpc.remote import RemoteRows
 from fedtower.recsys.bundle import Bundle, read_tensors, write_tensors
-from fedtower.recsys.device import BundleScorer
 from fedtower.recsys.evaluation import MetricSum
 from fedtower.recsys.on_device import Held
 from fedtower.recsys.shards import Shard
@@ -195,7 +194,7 @@ class Visitor:
         if role not in ("validation", "test"):
             raise Refused(Reason.CORRUPT, f"the plan asks for an evaluation of {role!r}")
         settings = build(EvaluationSettings, asked, path="the plan's evaluation")
-        scorer = BundleScorer(bundle, self.engines.format, newer=plan.parameters)
+        scorer = self.engines.scorer(bundle, plan.parameters)
         own = dict(self._kept(published, bundle).snapshot())
         with self.engines.alone():
             return held.judge(scorer, rows if published.rows else None, own, role, settings)

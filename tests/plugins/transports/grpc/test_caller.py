@@ -37,6 +37,10 @@ class Server(FederationServicer):
         self.metadata: list[Any] = []
         self.offsets: list[int] = []
         self.away = 0  # how often rows are to be asked for later
+
+
+        self.together: list[pb.FetchRequest] = []
+        self.begins: tuple[bytes, ...] = ()
         self.reply: Any = None
 
     def break_if_due(self, context: grpc.ServicerContext) -> None:
@@ -59,6 +63,10 @@ class Server(FederationServicer):
         return reply
 
     def Fetch(self, request: pb.FetchRequest, context: grpc.ServicerContext) -> Iterator[pb.Chunk]:
+        if request.then:
+            self.together.append(request)
+            yield from (pb.Chunk(data=data) for data in self.begins)
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the line broke")
         self.offsets.append(request.offset)
         for count, start in enumerate(range(request.offset, len(DATA), 100_000)):
             if count == self.most:
@@ -257,3 +265,39 @@ def test_back_off_doubles_up_to_a_limit() -> None:
 
     waits = BackOff(1.0, 5.0).waits(Most())
     assert [next(waits) for _ in range(5)] == [1.0, 2.0, 4.0, 5.0, 5.0]
+
+
+def test_small_artefacts_come_together_as_far_as_they_come(caller: Caller, tmp_path: Path, server: Server) -> None:
+    whole = {name: bytes([number]) * 1000 for number, name in enumerate("abc")}
+    asked = [Artefact.of(name, data) for name, data in whole.items()]
+    everything = b"".join(whole.values())
+    server.begins = (everything[:700], everything[700:2500])
+    cache = ArtefactCache(tmp_path)
+    cache.gather(asked, lambda several: caller.fetch_together(b"1", several))
+    assert [request.digest for request in server.together] == [asked[0].digest]
+    assert list(server.together[0].then) == [each.digest for each in asked[1:]]
+    assert [cache.find(each) is not None for each in asked] == [True, True, False]
+    cache.gather(asked, lambda several: caller.fetch_together(b"1", several))
+    assert len(server.together) == 1  # one that is missing is fetched by itself
+
+
+def test_what_no_plan_names_any_more_leaves_the_cache(tmp_path: Path) -> None:
+    whole = {name: name.encode() * 9 for name in "abc"}
+    asked = [Artefact.of(name, data) for name, data in whole.items()]
+    cache = ArtefactCache(tmp_path)
+    cache.keep_only([])  # there is nothing yet
+    for each in asked:
+        cache.get(each, lambda artefact, at: [whole[artefact.name][at:]])
+    (tmp_path / "ab.part").write_bytes(b"half")
+    cache.keep_only([asked[1].digest])
+    assert [path.name for path in tmp_path.iterdir()] == [asked[1].digest.hex()]
+
+
+def test_an_upload_that_was_never_begun_is_sent_without_asking(server: Server, caller: Caller, tmp_path: Path) -> None:
+    path = tmp_path / "update"
+    path.write_bytes(DATA)
+    assert not caller.submit(b"1" * 16, path, begun=False)
+    asked = server.calls
+    server.held = b""
+    assert not caller.submit(b"1" * 16, path)
+    assert server.calls - asked == asked + 1  # and Resume before it

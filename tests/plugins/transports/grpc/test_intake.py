@@ -26,9 +26,13 @@ from fedtower.core.updates import Rows, Updates, stack
 from fedtower.plugins.journals.sqlite.journal import SQLite
 from fedtower.plugins.signers.ed25519.signer import Ed25519Signer, make_key
 from fedtower.plugins.transports.grpc.artefacts import Artefact
+from fedtower.plugins.transports.grpc.bell import Bell
 from fedtower.plugins.transports.grpc.codec import Belongs, Submission, encode_submission
 from fedtower.plugins.transports.grpc.intake import Caller, Intake, Limits, RowsAway
 from fedtower.plugins.transports.grpc.leased import remove_ended
+
+
+from fedtower.plugins.transports.grpc.intake import CHUNK_BYTES, Caller, Intake, Limits, RowsAway
 from fedtower.plugins.transports.grpc.meters import Meters
 from fedtower.plugins.transports.grpc.plans import PublishedPlan, RowSource, open_plan
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
@@ -481,3 +485,112 @@ def test_the_leases_of_a_window_that_this_intake_did_not_know_of_stay(federation
     remove_ended(leased.folder, journal.rounds())
     assert not leased.of((1, "train"), bytes(16))[0]
     assert [leased.of(window, bytes(16))[0]["item"].tolist() for window in opened] == [[2], [2], [3]]
+
+
+def patient(seconds: float) -> bytes:
+    return pb.CheckInRequest(protocol=1, num_examples=9, wait_seconds=seconds).SerializeToString()
+
+
+def test_a_device_that_waits_on_the_line_is_told_when_a_window_opens(federation: Federation, tmp_path: Path) -> None:
+    async def story() -> None:
+        bell = Bell.hang(tmp_path / "bells", "intake-test")
+        watching = asyncio.create_task(federation.intake.watch(bell))
+        early = asyncio.create_task(federation.intake.check_in(caller(0), patient(20.0)))
+        stranger = asyncio.create_task(federation.intake.check_in(caller(CLIENTS), patient(20.0)))
+        await asyncio.sleep(0.05)
+        assert not early.done()
+        with federation.open_round(target=1):
+            reply = await early
+            assert reply.WhichOneof("outcome") == "lease"
+            await federation.good(0)
+        assert not stranger.done()  # it was not chosen
+        federation.intake.close()  # as the process does before it ends
+        assert (await stranger).come_back.seconds > 0
+        watching.cancel()
+        await asyncio.wait([watching])
+        bell.close()
+
+    asyncio.run(story())
+    assert len(federation.came) == 1
+
+
+def test_who_waited_in_vain_may_ask_at_once_and_who_does_not_wait_may_not(federation: Federation) -> None:
+    async def story() -> None:
+        waited = await federation.intake.check_in(caller(0), patient(0.02))
+        assert (waited.WhichOneof("outcome"), waited.come_back.seconds) == ("come_back", 0.0)
+        for impatient in (0.0, -1.0, float("nan")):
+            reply = await federation.intake.check_in(caller(0), patient(impatient))
+            assert reply.come_back.seconds == Limits().come_back_seconds
+
+    asyncio.run(story())
+
+
+def test_small_artefacts_are_given_with_the_first_and_a_round_that_is_over_has_none(federation: Federation) -> None:
+    async def fetch(lease: pb.Lease, digest: bytes, *then: bytes) -> bytes:
+        asked = pb.FetchRequest(lease=lease.lease, digest=digest, then=then).SerializeToString()
+        return b"".join([chunk.data async for chunk in federation.intake.fetch(caller(0), asked)])
+
+    async def story() -> None:
+        store = federation.side.artefacts
+        with federation.open_round(target=1):
+            lease = await federation.lease(0)
+            plan = store.path(lease.plan.artefact.digest).read_bytes()
+            named = open_plan(lease.plan, plan, federation.signer.verifier()).parameters
+            large = store.put("large", bytes(CHUNK_BYTES + 1))
+            held = [store.path(each.digest).read_bytes() for each in named]
+            first, second = (each.digest for each in named)
+            assert await fetch(lease, lease.plan.artefact.digest, first, second, first) == plan + b"".join(held)
+            assert await fetch(lease, first, bytes(32), second) == held[0]  # in order: nothing behind what is not there
+            assert await fetch(lease, first, large.digest, second) == held[0]
+            with pytest.raises(Refused) as many:
+                await fetch(lease, first, *(bytes([each % 256, each // 256]) * 16 for each in range(1000)))
+            assert many.value.reason is Reason.TOO_LARGE
+            await federation.good(0)
+        federation.side.committed(1)
+        with federation.open_round(2, target=1):
+            await federation.good(0)
+            with pytest.raises(Refused) as over:
+                await fetch(lease, lease.plan.artefact.digest)
+            assert over.value.reason is Reason.ROUND_CLOSED
+        kept = {path.name for path in store.folder.iterdir()}
+        assert lease.plan.artefact.digest.hex() not in kept
+        assert {each.digest.hex() for each in named} <= kept  # round 2 was sent the same
+
+    asyncio.run(story())
+
+
+async def time_goes_on(federation: Federation, seconds: int) -> None:
+    for _ in range(seconds):
+        federation.clock.seconds += 1.0
+        federation.intake._look()
+        await asyncio.sleep(0.002)
+
+
+def test_a_round_with_its_quorum_does_not_wait_for_devices_that_have_vanished(federation: Federation) -> None:
+    async def story() -> None:
+        await time_goes_on(federation, 70)
+        with federation.open_round():
+            for client in range(CLIENTS):
+                await federation.lease(client)
+            for client in range(CLIENTS - 1):  # three of four, which is the quorum
+                await federation.good(client)
+            await time_goes_on(federation, 55)
+            assert federation.intake.journal.record(1, "train").state == "open"  # within lease_seconds it may come back
+            await time_goes_on(federation, 10)
+        assert federation.intake.journal.record(1, "train").state == "closed"
+
+    asyncio.run(story())
+    assert len(federation.came) == CLIENTS - 1
+
+
+def test_a_round_without_its_quorum_waits_for_its_deadline(federation: Federation) -> None:
+    async def story() -> None:
+        await time_goes_on(federation, 70)
+        with federation.open_round():
+            await federation.good(0)
+            await time_goes_on(federation, 200)
+            assert federation.intake.journal.record(1, "train").state == "open"
+            await time_goes_on(federation, 120)
+
+    asyncio.run(story())
+    assert federation.reasons == ["after 300 s there were 1 of 4 updates, and the quorum is 3"]
