@@ -151,7 +151,7 @@ def swarm(
     given = codes.read_text(encoding="utf-8").split() if codes else []
     made, tally = _maker(registry, **shared), Tally(len(shards))
     say = _as_json if as_json else _in_words if verbose else _not_at_all
-    running = Swarm([], tally, _progress_as_json if as_json else click.echo)
+    running = Swarm([], tally, _progress_as_json if as_json else _progress)
     draws = Draws(seed).under("vanish")
 
     def device_of(place: int, path: Path) -> Device:
@@ -170,7 +170,7 @@ def swarm(
     running.devices = [device_of(place, path) for place, path in enumerate(shards, first)]
     with running.devices[0].place.channel() as channel:
         running.run(channel, most_tasks=tasks)
-    running.say(tally.line())
+    running.say(tally)
     if tally.failed:
         click.echo(summary(tally.failed, len(shards)), err=True)
         raise tally.failed[0]
@@ -217,8 +217,12 @@ def _as_json(word: str, values: dict[str, Any]) -> None:
     click.echo(json.dumps({"event": word, **values}))
 
 
-def _progress_as_json(line: str) -> None:
-    _as_json("progress", {"message": line})
+def _progress(tally: Tally) -> None:
+    click.echo(tally.line())
+
+
+def _progress_as_json(tally: Tally) -> None:
+    _as_json("progress", tally.counts())
 
 
 def _not_at_all(word: str, values: dict[str, Any]) -> None:

@@ -61,17 +61,28 @@ class Tally:
             elif word in ("refused", "failed", "round over"):
                 self.refused[str(values.get("reason", word)) if word == "refused" else word] += 1
 
+    def counts(self) -> dict[str, Any]:
+        """How they fare, for programs."""
+        with self._lock:
+            busy = len(self.working) + self.away + self.over + len(self.failed)
+            return {
+                "devices": self.devices,
+                "waiting": self.devices - busy,
+                "working": len(self.working),
+                "away": self.away,
+                "over": self.over,
+                "failed": len(self.failed),
+                "done": dict(self.done),
+                "refused": dict(self.refused),
+                "vanished": dict(self.vanished),
+            }
+
     def line(self) -> str:
         """How they fare, in one line."""
-        with self._lock:
-            waiting = self.devices - len(self.working) - self.away - self.over - len(self.failed)
-            parts = [f"{waiting} waiting", f"{len(self.working)} working"]
-            parts += [f"{count} {word}" for word, count in (("away", self.away), ("ended", self.over)) if count]
-            parts += [f"{len(self.failed)} failed"] if self.failed else []
-            done = ", ".join(f"{count:,} {task}" for task, count in sorted(self.done.items())) or "nothing yet"
-            refused = f"; refused: {_listed(self.refused)}" if self.refused else ""
-            vanished = f"; vanished: {_listed(self.vanished)}" if self.vanished else ""
-        return f"{self.devices} devices: {', '.join(parts)}; done: {done}{refused}{vanished}"
+        counts = self.counts()
+        now = [f"{counts[word]} {word}" for word in ("waiting", "working", "away", "over", "failed") if counts[word]]
+        been = [f"{word}: {_listed(counts[word])}" for word in ("done", "refused", "vanished") if counts[word]]
+        return "; ".join([f"{self.devices} devices: {', '.join(now)}", *been])
 
 
 @dataclass
@@ -80,7 +91,7 @@ class Swarm:
 
     devices: Sequence[Device]
     tally: Tally
-    say: Callable[[str], None]
+    say: Callable[[Tally], None]
     _stop: threading.Event = field(default_factory=threading.Event, repr=False)
 
     def wait(self, seconds: float) -> None:
@@ -112,12 +123,11 @@ class Swarm:
             time.sleep(_START_SECONDS)
 
     def _watch(self, running: Sequence[Future[None]]) -> None:
-        said = ""
+        said: dict[str, Any] = {}
         while wait(running, EVERY_SECONDS).not_done:
-            line = self.tally.line()
-            if line != said:
-                self.say(line)
-            said = line
+            if (counts := self.tally.counts()) != said:
+                self.say(self.tally)
+            said = counts
 
     def _live(self, device: Device, channel: grpc.Channel, most_tasks: int | None) -> None:
         """One device, as often as it comes back."""
@@ -162,5 +172,5 @@ def summary(failed: Sequence[FedtowerError], devices: int) -> str:
     return "\n".join(lines)
 
 
-def _listed(counts: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in counts.most_common())
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in Counter(counts).most_common())
