@@ -417,8 +417,10 @@ class Intake:
         record = self.journal.find(lease)
         if record is None:
             return None
-        self._leases[lease] = (record.lease.round, record.lease.task, record.lease.client)
-        return self._leases[lease]
+        held = (record.lease.round, record.lease.task, record.lease.client)
+        if held[:2] in self._open:  # those of rounds that are over would never be forgotten
+            self._leases[lease] = held
+        return held
 
     def _expected(self, round: int, task: Task, caller: Caller) -> Expected:
         self._windows()
