@@ -93,7 +93,8 @@ class Limits:
     slow_seconds: float = 5.0
     """What an upload may take while others wait for its place."""
     silence_seconds: float = 120.0
-    most_waiting: int = 20_000
+    most_waiting: int = 2_000
+    """Check-ins that are held: one takes 30 kB, and memory does not grow with the number of devices."""
 
     @property
     def wait_seconds(self) -> float:
@@ -161,7 +162,12 @@ class Intake:
                 return reply
             if news == self._news and not await self.waiting.called(caller.client, until - loop.time()):
                 break
-        pause = 0.0 if patient and loop.time() >= until else self.limits.come_back_seconds
+        if patient and loop.time() >= until:
+            pause = 0.0
+        elif patient and self.waiting.is_full:
+            pause = max(self.limits.come_back_seconds, self.limits.wait_seconds / 2)
+        else:
+            pause = self.limits.come_back_seconds
         return pb.CheckInReply(come_back=pb.ComeBack(seconds=pause, reason="there is nothing to do now"))
 
     async def _offered(self, caller: Caller, request: pb.CheckInRequest) -> pb.CheckInReply | None:
@@ -463,7 +469,8 @@ class Intake:
                 )
                 self._news += 1
                 self.waiting.call(window.clients)
-        self.meters.windows(self._records)
+        newest = {record.task: record for record in self._records}  # the others were told when they were the newest
+        self.meters.windows(list(newest.values()))
 
     async def _durable(self, promised: Future[Result]) -> Result:
         """What the journal says, once it is on the disk."""

@@ -19,7 +19,8 @@ _MOST_KEPT = 100_000
 class RateSettings:
     """Token buckets: each fills at so much a second up to its burst, and every call and byte takes from it."""
 
-    calls_per_second: float = field(default=50.0, metadata={"help": "calls of one device"})
+    # Of rounds of 50 ms, which a trial has, a device makes 100.
+    calls_per_second: float = field(default=200.0, metadata={"help": "calls of one device"})
     calls_burst: float = field(default=500.0, metadata={"help": "calls of one device at once, after a pause"})
     bytes_per_second: float = field(default=32e6, metadata={"help": "bytes that one device sends"})
     bytes_burst: float = field(default=256e6, metadata={"help": "bytes that one device sends at once, after a pause"})

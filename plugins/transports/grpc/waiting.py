@@ -22,6 +22,11 @@ class Waiting:
     def __len__(self) -> int:
         return len(self._held)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether nobody else can wait."""
+        return len(self._held) >= self.most
+
     def clients(self) -> Iterable[int]:
         """Who waits."""
         return self._held.keys()
@@ -31,7 +36,7 @@ class Waiting:
         before = self._held.pop(client, None)
         if before is not None:
             _let_go(before, False)
-        if seconds <= 0 or len(self._held) >= self.most:
+        if seconds <= 0 or self.is_full:
             return False
         held: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._held[client] = held

@@ -521,6 +521,9 @@ def test_who_waited_in_vain_may_ask_at_once_and_who_does_not_wait_may_not(federa
         for impatient in (0.0, -1.0, float("nan")):
             reply = await federation.intake.check_in(caller(0), patient(impatient))
             assert reply.come_back.seconds == Limits().come_back_seconds
+        federation.intake.waiting.most = 0
+        turned_away = await federation.intake.check_in(caller(0), patient(20.0))
+        assert turned_away.come_back.seconds == Limits().wait_seconds / 2
 
     asyncio.run(story())
 
