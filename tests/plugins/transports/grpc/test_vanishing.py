@@ -17,7 +17,7 @@ import pytest
 
 from fedtower.core.cli import call
 from fedtower.core.draws import Draws
-from fedtower.core.errors import RecipeError
+from fedtower.core.errors import RecipeError, Unreachable
 from fedtower.plugins.transports.grpc.swarm import Tally, summary
 from fedtower.plugins.transports.grpc.vanishing import STAGES, Fate, Vanished, Vanishing
 
@@ -58,6 +58,7 @@ class Trial:
             "transport.target": self.target,
             "transport.quorum": self.quorum,
             "transport.deadline_seconds": self.deadline_seconds,
+            "transport.evaluation_seconds": max(self.deadline_seconds, 0.06 * self.devices),  # on two cores
             "transport.lease_seconds": self.deadline_seconds / 2,
             "transport.heartbeat_seconds": self.deadline_seconds / 8,
             "transport.presence_seconds": self.deadline_seconds * 2,
@@ -129,13 +130,25 @@ def run(trial: Trial, place: Path) -> Seen:
     with started(place / "serve.log", *serve, *options({**trial.shared, **trial.served})) as server:
         port = json.loads(found(place / "runs", "*/intake.json", server).read_text())["port"]
         called = ("swarm", "--server", f"127.0.0.1:{port}", "--data", str(shards), "--codes", str(place / "codes"))
-        fate = ("--vanish", "0.3", "--away", str(trial.away_seconds), "--seed", "6", "--json", "--keys", str(keys))
+        fate = (
+            "--vanish",
+            "0.3",
+            "--away",
+            str(trial.away_seconds),
+            "--seed",
+            "6",
+            "--patience",
+            "20",
+            "--json",
+            "--keys",
+            str(keys),
+        )
         share = trial.devices // trial.swarms
         swarms = [place / f"swarm-{number}.log" for number in range(trial.swarms)]
         with swarm(swarms, share, *called, *fate) as running:
             assert server.wait(trial.seconds) == 0, (place / "serve.log").read_text()[-3000:]
             for process, log in zip(running, swarms, strict=True):
-                assert process.wait(60.0) == 0, log.read_text()[-3000:]
+                assert process.wait(120.0) in (0, Unreachable.exit_code), log.read_text()[-3000:]
     return seen(found(place / "runs", "*/log.jsonl", server), swarms)
 
 
@@ -185,7 +198,9 @@ def told_by(path: Path) -> list[dict[str, Any]]:
 
 def check(trial: Trial, seen: Seen) -> None:
     assert [each["round"] for each in seen.rounds] == list(range(1, trial.rounds + 1))
-    assert seen.counts["over"] == trial.devices, seen.counts  # every device lives to hear that it is over
+    # Who is away when the last round ends finds nobody there any more, and gives up.
+    assert seen.counts["over"] + seen.counts["failed"] == trial.devices, seen.counts
+    assert seen.counts["over"] > trial.devices / 2
     assert set(seen.vanished) == set(STAGES)
     for each in seen.rounds:
         round, counted = each["round"], each["clients"]
