@@ -504,7 +504,7 @@ def test_a_device_that_waits_on_the_line_is_told_when_a_window_opens(federation:
             assert reply.WhichOneof("outcome") == "lease"
             await federation.good(0)
         assert not stranger.done()  # it was not chosen
-        federation.intake.close()  # as the process does before it ends
+        await federation.intake.drain(0.1)  # as the process does before it ends
         assert (await stranger).come_back.seconds > 0
         watching.cancel()
         await asyncio.wait([watching])
