@@ -114,11 +114,13 @@ def watched(folder: Path, shards: Path, swarm: int, rounds: int, every: int) -> 
             continue
         due = done + every
         running = json.loads((folder / "processes.json").read_text())
-        alive = {**{name: pid for name, pid in running.items() if pid}, "swarm": swarm}
+        alive = {**{name: pid for name, pid in running.items() if isinstance(pid, int)}, "swarm": swarm}
         try:
             held = {name: process(pid) for name, pid in alive.items()}
-        except FileNotFoundError:  # the last round is over
-            return
+        except FileNotFoundError:  # it has ended: the last round is over, or it is started again
+            if done >= rounds:
+                return
+            continue
         places = {path.name: path for path in folder.iterdir() if not path.name.startswith(".")}
         disk = {name: size(path) for name, path in {**places, "devices": shards}.items()}
         sample = Sample(

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
+from fedtower.recsys.process_log import KEPT, MOST_BYTES
+
 PROGRAM = Path(__file__).parents[4] / "benchmarks" / "soak.py"
 MOST_MB = 1.0  # a thousand rounds, of a process
 LOG_MB = 0.4  # a thousand rounds of the run's own record, which is kept
 # Two segments of the journal, and its index with a hundred rounds that are over.
 JOURNAL_MB = 2 * 67.2 + 10.0
+LOGS_MB = 3 * (KEPT + 1) * MOST_BYTES / 1e6  # of three processes
 HANDLES = 8  # what a checkpoint or a call has open for a moment
 
 
@@ -48,6 +51,7 @@ def test_handles_are_let_go_of(told: dict[str, Any]) -> None:
 def test_what_a_round_leaves_on_the_disk_goes(told: dict[str, Any]) -> None:
     folders = told["found"]["folders"]
     assert folders.pop("log.jsonl")["growth"] < LOG_MB
+    assert folders.pop("logs")["most_mb"] < LOGS_MB
     assert folders.pop("journal")["most_mb"] < JOURNAL_MB
     for name, each in folders.items():
         assert each["most_mb"] < 2.0, name
