@@ -59,6 +59,7 @@ def present(folder: Path, within_seconds: float, clock: Clock = since_boot) -> I
     for path, clients in seen:
         if not len(clients):
             path.unlink(missing_ok=True)
+            path.with_suffix(".listening").unlink(missing_ok=True)
     return _distinct(seen)
 
 
