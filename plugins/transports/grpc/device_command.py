@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -94,6 +95,13 @@ def device(
     "--data", required=True, type=click.Path(path_type=Path, file_okay=False), help="A folder of shards, one a device."
 )
 @click.option("-n", "count", type=click.IntRange(min=1), help="So many devices, from client 0 on; default: all.")
+@click.option(
+    "--lines",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Connections to the server, shared out among the devices; several intakes are met over several.",
+)
 @click.option("--first", default=0, show_default=True, type=click.IntRange(min=0), help="The first shard's place.")
 @click.option(
     "--codes",
@@ -123,6 +131,7 @@ def swarm(
     /,
     data: Path,
     count: int | None,
+    lines: int,
     first: int,
     codes: Path | None,
     vanish: float,
@@ -135,7 +144,7 @@ def swarm(
 ) -> None:
     """Run many devices in this process, each with its shard, until the federation is over: for trials, and for load.
 
-    They share a line to the server and an engine; each has its own data, token, cache and calls. Every five seconds a
+    They share lines to the server and an engine; each has its own data, token, cache and calls. Every five seconds a
     line says how they fare. A process of Python keeps one core busy at most: start several with --first.
 
     \b
@@ -168,8 +177,10 @@ def swarm(
         return VanishingDevice(**vars(one), fate=Fate(Vanishing(vanish, away, draws), client))
 
     running.devices = [device_of(place, path) for place, path in enumerate(shards, first)]
-    with running.devices[0].place.channel() as channel:
-        running.run(channel, most_tasks=tasks)
+    with ExitStack() as opened:
+        place = running.devices[0].place
+        channels = [opened.enter_context(place.channel()) for _ in range(min(lines, len(shards)))]
+        running.run(channels, most_tasks=tasks)
     running.say(tally)
     if tally.failed:
         click.echo(summary(tally.failed, len(shards)), err=True)

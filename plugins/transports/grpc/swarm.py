@@ -1,6 +1,6 @@
 """Swarm: many devices in one process, each with its shard, its token, its folder and its calls, in a thread of its own.
 
-They share a line to the server and an engine. How they fare is counted, and said every now and then in one line.
+They share lines to the server and an engine. How they fare is counted, and said every now and then in one line.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import grpc
@@ -99,8 +100,8 @@ class Swarm:
         if self._stop.wait(seconds):
             raise Stopped
 
-    def run(self, channel: grpc.Channel, *, most_tasks: int | None = None) -> None:
-        """Run them all to their end.
+    def run(self, channels: Sequence[grpc.Channel], *, most_tasks: int | None = None) -> None:
+        """Run them all to their end; they share the lines to the server out among them.
 
         Raises:
             KeyboardInterrupt: the swarm was interrupted; no device runs any more.
@@ -108,11 +109,13 @@ class Swarm:
         threading.stack_size(_STACK_BYTES)  # a thousand of them lie in memory
         with ThreadPoolExecutor(len(self.devices), "device") as threads:
             try:
-                running = [threads.submit(self._live, device, channel, most_tasks) for device in self._one_by_one()]
+                pairs = zip(self._one_by_one(), cycle(channels), strict=False)
+                running = [threads.submit(self._live, device, line, most_tasks) for device, line in pairs]
                 self._watch(running)
             except BaseException:
                 self._stop.set()
-                channel.close()  # whoever is in a call comes out of it
+                for channel in channels:  # whoever is in a call comes out of it
+                    channel.close()
                 raise
         for each in running:
             each.result()

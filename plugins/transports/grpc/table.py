@@ -147,6 +147,7 @@ class TableSide:
                 f"round {plan.round} ({task}) was opened with another plan than this process makes of its checkpoint: "
                 f"the recipe, the data or the checkpoint was changed; start the federation again, in a new folder"
             )
+        is_new = held is None
         if held is None:
             held = Window(
                 round=plan.round,
@@ -161,9 +162,11 @@ class TableSide:
                 concurrency=concurrency,
             )
             held.write(self.windows)
-        # What rounds that are over were sent is of no use: a parameter of every round would fill the disk.
         self._living[plan.round, task] = self._named(published, digest)
-        self.artefacts.keep_only(set[bytes]().union(*self._living.values()))
+        if is_new:
+            # What rounds that are over were sent is of no use: a parameter of every round would fill the disk. One that
+            # is done again after a kill takes nothing away: devices are at a later one.
+            self.artefacts.keep_only(set[bytes]().union(*self._living.values()))
         try:
             record = self.journal.record(plan.round, task)
         except WrongState:  # it is not there
