@@ -159,7 +159,7 @@ class Visitor:
         belongs = Belongs(published.federation, published.model, published.round, leased.lease, leased.task)
         alive()
         if leased.task == "evaluate":
-            sums = self._judged(published, bundle, plan, held, rows)
+            sums = self._judged(published, bundle, plan, held, rows, alive)
             nothing = Updates(weights=np.zeros(1), clients=held.client, rounds=np.array([plan.round]))
             return Submission(belongs, nothing, held.num_examples, sums=sums), published.run, {}
         side = self._side(published, bundle, plan, held, rows)
@@ -187,7 +187,13 @@ class Visitor:
         return side
 
     def _judged(
-        self, published: PublishedPlan, bundle: Bundle, plan: Plan, held: Held, rows: RemoteRows
+        self,
+        published: PublishedPlan,
+        bundle: Bundle,
+        plan: Plan,
+        held: Held,
+        rows: RemoteRows,
+        alive: Callable[[], None],
     ) -> dict[str, MetricSum]:
         asked = dict(published.evaluation)
         role = asked.pop("role", "validation")
@@ -197,6 +203,7 @@ class Visitor:
         scorer = self.engines.scorer(bundle, plan.parameters)
         own = dict(self._kept(published, bundle).snapshot())
         with self.engines.alone():
+            alive()  # in a swarm it may have been long until it was this device's turn
             return held.judge(scorer, rows if published.rows else None, own, role, settings)
 
     def _kept(self, published: PublishedPlan, bundle: Bundle) -> KeptOnDevice:
