@@ -162,8 +162,9 @@ class TableSide:
                 concurrency=concurrency,
             )
             held.write(self.windows)
-        self._living[plan.round, task] = self._named(published, digest)
-        if is_new:
+        if concurrency is None:  # else many windows are open, and who opens them knows which
+            self._living[plan.round, task] = self._named(published, digest)
+        if is_new and task == "train" and concurrency is None:
             # What rounds that are over were sent is of no use: a parameter of every round would fill the disk. One that
             # is done again after a kill takes nothing away: devices are at a later one.
             self.artefacts.keep_only(set[bytes]().union(*self._living.values()))
