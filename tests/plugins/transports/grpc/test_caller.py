@@ -38,7 +38,6 @@ class Server(FederationServicer):
         self.offsets: list[int] = []
         self.away = 0  # how often rows are to be asked for later
 
-
         self.together: list[pb.FetchRequest] = []
         self.begins: tuple[bytes, ...] = ()
         self.reply: Any = None

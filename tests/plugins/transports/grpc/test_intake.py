@@ -28,11 +28,8 @@ from fedtower.plugins.signers.ed25519.signer import Ed25519Signer, make_key
 from fedtower.plugins.transports.grpc.artefacts import Artefact
 from fedtower.plugins.transports.grpc.bell import Bell
 from fedtower.plugins.transports.grpc.codec import Belongs, Submission, encode_submission
-from fedtower.plugins.transports.grpc.intake import Caller, Intake, Limits, RowsAway
-from fedtower.plugins.transports.grpc.leased import remove_ended
-
-
 from fedtower.plugins.transports.grpc.intake import CHUNK_BYTES, Caller, Intake, Limits, RowsAway
+from fedtower.plugins.transports.grpc.leased import remove_ended
 from fedtower.plugins.transports.grpc.meters import Meters
 from fedtower.plugins.transports.grpc.plans import PublishedPlan, RowSource, open_plan
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
