@@ -16,10 +16,11 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Encoded:
-    """One parameter of C clients as bytes of a named codec; the transform that made them gives back the parameter.
+    """One parameter of C clients (or their rows of one table) as bytes of a named codec; the transform that made them
+    gives back the parameter.
 
     Shape:
-        ``offsets`` (C+1,), ``payload`` (N,) uint8; decoded, the parameter is (C, *shape).
+        ``offsets`` (C+1,), ``payload`` (N,) uint8; decoded, the parameter is (C, *shape), and one row is ``shape``.
     """
 
     codec: str

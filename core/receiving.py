@@ -83,7 +83,7 @@ class Reception:
     def _decoded(self, block: Updates) -> Iterator[Updates]:
         """The block decoded; if that cannot be done, its clients one by one, without those it cannot be done for."""
         try:
-            yield decode(self.transforms, block)
+            yield decode(self.transforms, block, self.plan)
         except UpdateError as error:
             if len(block) == 1:
                 self._refuse(block, 0, Reason.UNDECODABLE, str(error))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from fedtower.core.chains import refuse_unfit
 from fedtower.core.checking import CheckSettings
 from fedtower.core.discovery import Gate
 from fedtower.core.errors import MissingDependency, RecipeError, nearest
@@ -254,6 +255,7 @@ def check(recipe: Recipe, registry: Registry) -> Recipe:
     """
     registry.restrict(Gate("the recipe's [plugins]", recipe.plugins.allow, recipe.plugins.block))
     registry.get("signer", recipe.signer)
+    refuse_unfit(recipe.transforms, recipe.aggregator, registry)
     values = recipe.to_dict()
     for path, kind, part in recipe.parts():
         section, _, place = path.partition(".")

@@ -10,16 +10,23 @@ from numpy.typing import NDArray
 
 from fedtower.core.cohort import Cohort
 from fedtower.core.draws import Draws
+from fedtower.core.errors import UpdateError
 from fedtower.core.plan import Plan
 from fedtower.core.updates import Updates
 
 States = Mapping[str, NDArray[np.float32]]
+IntArray = NDArray[np.int64]
+
+ROWS = "rows of "
+"""Encoded rows of a table ``item`` are called ``rows of item``; their shape is that of one row."""
 
 
 class Transform(Protocol):
     """Changes updates. Client sides run first to last; decoding and finishing run last to first.
 
-    A client side may replace a dense delta by bytes (``Updates.encoded``), which its decoding gives back.
+    A client side may replace a dense delta, or the rows of a table, by bytes (``Updates.encoded``), which its decoding
+    gives back; under the names and with the shapes that they had, and rows as :data:`ROWS` says. A transform says what
+    it does with updates in the capabilities of its offer (:mod:`fedtower.core.chains`).
     """
 
     def state(self, plan: Plan) -> Mapping[str, tuple[int, ...]]:
@@ -59,11 +66,36 @@ def on_client(
     return updates, kept
 
 
-def decode(transforms: Sequence[Transform], block: Updates) -> Updates:
-    """A block decoded, last transform first."""
+def decode(transforms: Sequence[Transform], block: Updates, plan: Plan | None = None) -> Updates:
+    """A block decoded, last transform first.
+
+    Raises:
+        UpdateError: bytes that cannot be decoded, or that say they are of another shape than the ``plan``'s: a few of
+            them could ask for any amount of memory.
+    """
+    for name, part in block.encoded.items():
+        table = name.startswith(ROWS)
+        if (
+            plan is not None
+            and not table
+            and (name not in plan.parameters or part.shape != plan.parameters[name].shape)
+        ):
+            raise UpdateError(
+                f"{block.who()} sent {name!r} encoded, of shape {part.shape}, which the plan of round {plan.round} "
+                f"does not have; are they on an older plan?"
+            )
     for transform in reversed(transforms):
         block = transform.decode(block)
     return block
+
+
+def visit_keys(updates: Updates) -> tuple[IntArray, IntArray]:
+    """The round and the client of each visit, (C, 1) both: what a transform's draws are keyed by, before a position."""
+    if updates.rounds is None or updates.clients is None:
+        raise ValueError(
+            "these updates do not say of which rounds and clients they are, so nothing can be drawn for them"
+        )
+    return updates.rounds[:, None], updates.clients[:, None]
 
 
 def finish(transforms: Sequence[Transform], total: Updates, cohort: Cohort) -> Updates:

@@ -83,6 +83,57 @@ class TransformPromises(Promises):
             with pytest.raises(UpdateError):
                 self.made().decode(replace(sent, encoded={**sent.encoded, name: cut}))
 
+    @pytest.mark.parametrize("seed", range(5))
+    def test_bytes_that_nobody_sent_are_refused_or_have_the_right_shape(self, seed: int) -> None:
+        updates = examples.updates(2, seed=seed)
+        sent, _ = self.visit(updates)
+        draws, entries = Draws(seed), np.arange(1 + seed, dtype=np.int64)
+        for name, part in sent.encoded.items():
+            spoilt = part.payload.copy()
+            spoilt[draws.integers(len(spoilt), f"place/{name}", entries)] = draws.integers(256, f"byte/{name}", entries)
+            try:
+                decoded = self.made().decode(
+                    replace(sent, encoded={**sent.encoded, name: replace(part, payload=spoilt)})
+                )
+            except UpdateError:
+                continue
+            assert {n: d.shape for n, d in decoded.dense.items()} == {n: d.shape for n, d in updates.dense.items()}
+            assert {t: r.row_deltas.shape[1:] for t, r in decoded.rows.items()} == {
+                t: r.row_deltas.shape[1:] for t, r in updates.rows.items()
+            }
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_neither_order_nor_the_width_of_blocks_changes_a_bit(self, seed: int) -> None:
+        draws = Draws(seed)
+        scale = np.float32(10.0 ** (draws.integers(40, "scale") - 20))
+        updates = examples.updates(2 + int(draws.integers(6, "clients")), seed=seed)
+        updates = replace(
+            updates,
+            dense={name: delta * scale for name, delta in updates.dense.items()},
+            rows={t: replace(part, row_deltas=part.row_deltas * scale) for t, part in updates.rows.items()},
+        )
+        whole, _ = self.visit(updates)
+        order = draws.permutation(len(updates), "order")
+        cut = 1 + int(draws.integers(len(updates) - 1, "cut"))
+        pieces = [self.visit(updates.pick(places))[0] for places in (order[:cut], order[cut:])]
+        made = self.made()
+        assert_same_bits(stack(made.decode(piece) for piece in pieces), made.decode(whole).pick(order))
+        assert_same_bits(np.concatenate([piece.sizes for piece in pieces]), whole.pick(order).sizes)
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    @pytest.mark.parametrize("rows", [True, False], ids=["with rows", "without rows"])
+    def test_an_update_that_is_not_finite_is_still_not_when_it_is_decoded(self, rows: bool, bad: float) -> None:
+        updates = examples.updates(3, rows=rows)
+        for delta in updates.dense.values():
+            delta[1] = bad
+        for part in updates.rows.values():
+            part.row_deltas[part.owners == 1] = bad
+        decoded = self.made().decode(self.visit(updates)[0])
+        for client in range(3):
+            alone = decoded.slice(client, client + 1)
+            arrays = [*alone.dense.values(), *(part.row_deltas for part in alone.rows.values())]
+            assert all(np.isfinite(array).all() for array in arrays) == (client != 1)
+
     def test_decoding_leaves_its_block_alone(self) -> None:
         sent, _ = self.visit(examples.updates(7))
         with Untouched(sent):

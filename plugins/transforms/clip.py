@@ -64,5 +64,5 @@ def fedtower_register(registry: Registry) -> None:
         "clip",
         "fedtower.plugins.transforms.clip:Clip",
         summary="no client's update is longer than a bound",
-        capabilities={"example": {"norm": 1.0}, "bounded_norm": True},
+        capabilities={"example": {"norm": 1.0}, "bounded_norm": True, "additive": True},
     )

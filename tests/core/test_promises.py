@@ -239,6 +239,42 @@ MUTANTS = {
         "def make(): return type('T', (Packing,), {'strict': False})()",
         {"encoded_bytes_that_were_cut_are_refused"},
     ),
+    "Gullible(TransformPromises)": (
+        """
+        class make(Packing):
+            def unpacked(self, part):
+                whole = super().unpacked(part)
+                if not np.isfinite(whole).all() or np.abs(whole).max(initial=0.0) > 4:
+                    raise KeyError("such large numbers were not expected")
+                return whole
+        """,
+        {
+            "bytes_that_nobody_sent_are_refused_or_have_the_right_shape",
+            "neither_order_nor_the_width_of_blocks_changes_a_bit",
+            "an_update_that_is_not_finite_is_still_not_when_it_is_decoded",
+        },
+    ),
+    "Jittery(TransformPromises)": (
+        """
+        class make(Packing):
+            def on_client(self, updates, state, draws):
+                place = np.arange(len(updates), dtype=np.float32)
+                dense = {n: (d.T * (1 + 1e-7 * place)).T.astype(np.float32) for n, d in updates.dense.items()}
+                return super().on_client(replace(updates, dense=dense), state, draws)
+        """,
+        {
+            "who_else_is_in_the_block_does_not_matter",
+            "neither_order_nor_the_width_of_blocks_changes_a_bit",
+        },
+    ),
+    "Soothing(TransformPromises)": (
+        """
+        class make(Packing):
+            def unpacked(self, part):
+                return np.nan_to_num(super().unpacked(part), posinf=0.0, neginf=0.0)
+        """,
+        {"an_update_that_is_not_finite_is_still_not_when_it_is_decoded"},
+    ),
     "Metricless(TransformPromises)": (
         """
         class make(Packing):

@@ -101,7 +101,7 @@ def refuse_unfit(
         for ids in [given.get(name, np.zeros(0, dtype=np.int64))]
     }
     try:
-        decoded = decode(expected.transforms, updates)
+        decoded = decode(expected.transforms, updates, expected.plan)
     except Exception as error:  # whatever a decoder can raise at the bytes of a stranger
         raise Refused(
             Reason.WRONG_CODEC, f"the update of {caller.whose} cannot be decoded: {type(error).__name__}: {error}"

@@ -32,6 +32,10 @@ SMALL = {
     "checkpoint.every": 2,
     "transforms.0.name": "clip",
     "transforms.0.norm": 0.5,
+    # Bytes go up, and residuals stay on the devices, which are killed and go on.
+    "transforms.1.name": "dgc",
+    "transforms.1.density": 0.2,
+    "transforms.1.rows": 0.8,
 }
 SERVED = {"transport.wait_for": CLIENTS, "transport.lease_seconds": 8.0, "transport.heartbeat_seconds": 2.0}
 
