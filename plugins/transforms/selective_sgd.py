@@ -69,7 +69,9 @@ class SelectiveSGD:
         flat = {name: delta.reshape(len(delta), -1) for name, delta in updates.dense.items()}
         whole = np.concatenate(list(flat.values()), axis=1)
         mask = self._chosen(whole, updates, draws)
-        values = whole if self.bound is None else np.clip(whole, -self.bound, self.bound)
+        values = whole
+        if self.bound is not None:  # what is not finite is not cut: it is for the server to refuse
+            values = np.where(np.isfinite(whole), np.clip(whole, -self.bound, self.bound), whole)
         sent, start = {}, 0
         for name, delta in flat.items():
             entries = slice(start, start := start + delta.shape[1])

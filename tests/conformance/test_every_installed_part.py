@@ -25,7 +25,7 @@ HOW_MANY = {
     "signer": 1,
     "suite": 3,
     "tracker": 3,
-    "transform": 6,
+    "transform": 8,
     "transport": 3,
 }
 

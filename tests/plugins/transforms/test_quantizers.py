@@ -40,7 +40,9 @@ def test_nearest_by_hand() -> None:
     assert seen(Quantize(bits=2, rounding="nearest"), of(values)).dense["w"].tolist() == [[1.0, 0.0, 1.0, 0.0]]
     assert seen(Quantize(bits=1, rounding="nearest"), of(values)).dense["w"].tolist() == [[0.5, -0.5, 0.5, 0.5]]
     sent, _ = Quantize(bits=2, rounding="nearest").on_client(of(values), {}, Draws(1))
-    assert sent.encoded["w"].payload.tobytes() == as_bytes(np.float32([[1.0]])).tobytes() + bytes([0b01100110])
+    assert sent.encoded["w"].payload.tobytes() == as_bytes(np.array([[1.0]], dtype=np.float32)).tobytes() + bytes(
+        [0b01100110]
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -58,7 +60,7 @@ def test_nothing_is_further_off_than_a_step(bits: Any, size: int, seed: int, rou
 
 @pytest.mark.parametrize("bits", BITS)
 def test_stochastic_rounding_is_right_on_average(bits: Any) -> None:
-    wanted = np.float32([1.0, 0.3, -0.7, 0.01, 0.0])
+    wanted = np.array([1.0, 0.3, -0.7, 0.01, 0.0], dtype=np.float32)
     got = seen(Quantize(bits), of(np.tile(wanted, (20_000, 1)))).dense["w"]
     # The deviation of the mean of 20,000 draws from a step of at most 2 is below 0.0071.
     np.testing.assert_allclose(got.mean(axis=0, dtype=np.float64), wanted, atol=0.03)
@@ -85,7 +87,7 @@ def test_bytes_up_are_as_many_as_the_bits_say(bits: Any) -> None:
 
 
 def test_rows_have_a_scale_each_and_their_ids_in_gaps() -> None:
-    rows = Rows(np.array([0, 2, 3]), np.array([9, 4, 100]), np.float32([[1, -1], [100, 0], [0, 0]]))
+    rows = Rows(np.array([0, 2, 3]), np.array([9, 4, 100]), np.array([[1, -1], [100, 0], [0, 0]], dtype=np.float32))
     updates = replace(of(np.zeros((2, 0))), dense={}, rows={"item": rows})
     sent, _ = Quantize(bits=8, rounding="nearest").on_client(updates, {}, Draws(1))
     assert (np.diff(sent.encoded["rows of item"].offsets) == [5 + 1 + 1 + 2 * 6, 5 + 1 + 1 + 6]).all()
