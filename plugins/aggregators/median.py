@@ -48,5 +48,5 @@ def fedtower_register(registry: Registry) -> None:
         "median",
         "fedtower.plugins.aggregators.median:Median",
         summary="the median of each coordinate",
-        capabilities={"example": {"rows_least": 1}},
+        capabilities={"example": {"rows_least": 1}, "needs_dense": True},
     )

@@ -51,5 +51,5 @@ def fedtower_register(registry: Registry) -> None:
         "trimmed_mean",
         "fedtower.plugins.aggregators.trimmed_mean:TrimmedMean",
         summary="the mean of each coordinate without its largest and smallest",
-        capabilities={"example": {"rows_least": 1}},
+        capabilities={"example": {"rows_least": 1}, "needs_dense": True},
     )

@@ -80,6 +80,14 @@ def test_what_does_not_fit_is_refused_with_what_does(
     assert re.search(instead, str(refused.value)), refused.value
 
 
+@pytest.mark.parametrize("aggregator", ["median", "trimmed_mean"])
+def test_a_rule_of_each_coordinate_is_not_given_what_was_left_out(aggregator: str) -> None:
+    registry = discover()
+    fold = registry.get("aggregator", aggregator)
+    assert "leaves most of them out" in objection([registry.get("transform", "dgc")], fold)
+    assert not objection([registry.get("transform", "quantize")], fold)
+
+
 def test_every_installed_transform_fits_alone_with_fedavg_and_after_clip() -> None:
     registry = discover()
     fedavg, clip = registry.get("aggregator", "fedavg"), registry.get("transform", "clip")
