@@ -148,7 +148,7 @@ def _hadamard(values: NDArray[np.float64]) -> NDArray[np.float64]:
         pairs = turned.reshape(*values.shape[:-1], width // (2 * half), 2, half)
         turned = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], axis=-2)
         half *= 2
-    return turned.reshape(values.shape) / np.sqrt(width)
+    return np.asarray(turned.reshape(values.shape) / np.sqrt(width))
 
 
 def _seed_bytes(seeds: IntArray) -> Bytes:

@@ -65,7 +65,7 @@ def test_two_of_four_entries_by_hand() -> None:
     mask = largest(values, 2)
     assert mask.tolist() == [[False, True, True, False]]
     part = encode("k", (2, 2), values, mask)
-    assert part.part(0).tobytes() == bytes([BITMAP, 2, 0, 0, 0, 0b0110]) + np.float32([-5, 3]).tobytes()
+    assert part.part(0).tobytes() == bytes([BITMAP, 2, 0, 0, 0, 0b0110]) + np.array([-5, 3], dtype="<f4").tobytes()
     assert decode(part).tolist() == [[[0.0, -5.0], [3.0, 0.0]]]
 
 

@@ -10,7 +10,9 @@ import pytest
 
 from fedtower.core.cohort import Cohort
 from fedtower.core.draws import Draws
-from fedtower.core.plan import Plan
+from fedtower.core.errors import UpdateError
+from fedtower.core.jagged import Encoded
+from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.transform import States, decode, finish, on_client
 from fedtower.core.updates import Updates
 
@@ -73,6 +75,20 @@ def test_no_transforms_change_nothing() -> None:
     assert values(sent) == [1, 2]
     assert kept == []
     assert values(finish((), block(1), NOBODY)) == [1]
+
+
+@pytest.mark.parametrize(("name", "shape"), [("x", (1 << 40,)), ("y", ())], ids=["of another shape", "of another name"])
+def test_bytes_of_another_shape_than_the_plan_are_refused_before_room_is_made(
+    name: str, shape: tuple[int, ...]
+) -> None:
+    plan = Plan(3, {"x": np.zeros(4, dtype=np.float32)}, LocalSettings(steps=1))
+    sent = Updates(np.ones(1), clients=np.array([5]), encoded={name: Encoded.of("k", shape, [b"few"])})
+    with pytest.raises(UpdateError, match=f"the clients .5. sent '{name}' encoded.*the plan of round 3"):
+        decode((), sent, plan)
+    fits = Updates(
+        np.ones(1), encoded={"x": Encoded.of("k", (4,), [b"few"]), "rows of t": Encoded.of("k", (9,), [b""])}
+    )
+    assert decode((), fits, plan) is fits
 
 
 def test_a_state_too_few_is_refused() -> None:

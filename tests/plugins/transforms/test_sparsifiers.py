@@ -101,7 +101,9 @@ def test_dgc_warms_up_from_a_quarter() -> None:
     dgc = DGC(density=0.01, momentum=0.0, warmup_rounds=2)
     state = {f"{n}/w": np.zeros((1, 1000), dtype=np.float32) for n in ("momentum", "velocity")}
     counts = [
-        np.count_nonzero(dgc.decode(dgc.on_client(of([np.arange(1, 1001).tolist()], r), state, Draws(1))[0]).dense["w"])
+        np.count_nonzero(
+            dgc.decode(dgc.on_client(of([[float(i) for i in range(1, 1001)]], r), state, Draws(1))[0]).dense["w"]
+        )
         for r in (1, 2, 3, 9)
     ]
     assert counts == [250, 50, 10, 10]
