@@ -6,6 +6,7 @@ Capabilities of a transform, all false unless declared:
 * ``sparse``: most of what is decoded of it is zero, because it was not sent and not because it was zero.
 * ``additive``: what it sends may be added up as it is, without being decoded.
 * ``bounded_norm``: what it sends is no longer than a bound; ``keeps_norm``: no longer than what it got.
+* ``unbiased``: what is decoded is right on average over its draws. SCAFFOLD's variates may be encoded by no other.
 * ``stateful``: clients keep something for it between visits.
 * ``needs_dense``, ``needs_additive``, ``needs_bounded_norm``: it is of no use, or unsafe, after any without that.
 
@@ -26,13 +27,20 @@ from fedtower.core.settings import Part
 _MOST_PERMUTED = 6  # 720 orders; nobody chains more
 
 
-def refuse_unfit(transforms: Sequence[Part], aggregator: Part, registry: Registry) -> None:
+def refuse_unfit(transforms: Sequence[Part], aggregator: Part, registry: Registry, control: str = "none") -> None:
     """Raise RecipeError, with the reason and what would work, unless each of these can follow what is before it."""
     chain = [registry.get("transform", part.name) for part in transforms]
     fold = registry.get("aggregator", aggregator.name)
     reason = objection(chain, fold)
     if reason:
         raise RecipeError(f"{reason}. {_alternative(chain, fold, registry)}")
+    biased = next((offer.name for offer in chain if _is(offer, "encodes") and not _is(offer, "unbiased")), None)
+    if control == "scaffold" and biased:
+        others = [offer.name for offer in registry.offers("transform") if _is(offer, "unbiased")]
+        raise RecipeError(
+            f"local.control = 'scaffold' sends variates beside the deltas, whose mean must stay the clients', and "
+            f"{biased!r} does not keep it. These do: {', '.join(others)}; or set local.control = 'none'"
+        )
 
 
 def objection(chain: Sequence[Offer], aggregator: Offer) -> str:

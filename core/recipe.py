@@ -255,7 +255,7 @@ def check(recipe: Recipe, registry: Registry) -> Recipe:
     """
     registry.restrict(Gate("the recipe's [plugins]", recipe.plugins.allow, recipe.plugins.block))
     registry.get("signer", recipe.signer)
-    refuse_unfit(recipe.transforms, recipe.aggregator, registry)
+    refuse_unfit(recipe.transforms, recipe.aggregator, registry, recipe.local.control)
     values = recipe.to_dict()
     for path, kind, part in recipe.parts():
         section, _, place = path.partition(".")

@@ -161,5 +161,5 @@ def fedtower_register(registry: Registry) -> None:
         "eden",
         "fedtower.plugins.transforms.eden:Eden",
         summary="a random rotation, and then 1, 2 or 4 bits a number",
-        capabilities={"encodes": True},
+        capabilities={"encodes": True, "unbiased": True},
     )

@@ -143,5 +143,5 @@ def fedtower_register(registry: Registry) -> None:
         "quantize",
         "fedtower.plugins.transforms.quantize:Quantize",
         summary="every number of an update in 8, 4, 2 or 1 bit",
-        capabilities={"encodes": True},
+        capabilities={"encodes": True, "unbiased": True},
     )

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from fedtower.core.chains import objection
+from fedtower.core.chains import objection, refuse_unfit
 from fedtower.core.errors import RecipeError
 from fedtower.core.recipe import check, parse_recipe
 from fedtower.core.registry import discover
+from fedtower.core.settings import Part
 from fedtower.core.testing import examples
 
 CLIP = "fedtower.plugins.transforms.clip:Clip"
@@ -78,6 +79,14 @@ def test_what_does_not_fit_is_refused_with_what_does(
     with pytest.raises(RecipeError, match=reason) as refused:
         read(*transforms, aggregator=aggregator)
     assert re.search(instead, str(refused.value)), refused.value
+
+
+def test_variates_are_encoded_without_a_bias_or_not_at_all() -> None:
+    registry, fedavg = discover(), Part("fedavg")
+    refuse_unfit([Part("clip"), Part("quantize")], fedavg, registry, "scaffold")
+    refuse_unfit([Part("sign")], fedavg, registry, "feddyn")
+    with pytest.raises(RecipeError, match="'sign' does not keep it[.] These do: eden, quantize; or set"):
+        refuse_unfit([Part("clip"), Part("sign")], fedavg, registry, "scaffold")
 
 
 @pytest.mark.parametrize("aggregator", ["median", "trimmed_mean"])
