@@ -85,7 +85,7 @@ def test_variates_are_encoded_without_a_bias_or_not_at_all() -> None:
     registry, fedavg = discover(), Part("fedavg")
     refuse_unfit([Part("clip"), Part("quantize")], fedavg, registry, "scaffold")
     refuse_unfit([Part("sign")], fedavg, registry, "feddyn")
-    with pytest.raises(RecipeError, match="'sign' does not keep it[.] These do: eden, quantize; or set"):
+    with pytest.raises(RecipeError, match=r"'sign' does not keep it\. These do: eden, quantize; or set"):
         refuse_unfit([Part("clip"), Part("sign")], fedavg, registry, "scaffold")
 
 
