@@ -23,7 +23,7 @@ HOW_MANY = {
     "sampler": 2,
     "server_optimizer": 6,
     "signer": 1,
-    "suite": 3,
+    "suite": 4,
     "tracker": 3,
     "transform": 8,
     "transport": 3,
