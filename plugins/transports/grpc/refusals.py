@@ -105,6 +105,7 @@ _OTHERWISE = {
     checking.Reason.NOT_ASKED: Reason.UNKNOWN_LEASE,
     checking.Reason.REPEATED: Reason.CONFLICTING,
     checking.Reason.STALE: Reason.LATE,
+    checking.Reason.SURPLUS: Reason.LATE,
     checking.Reason.UNDECODABLE: Reason.WRONG_CODEC,
     checking.Reason.ROW_REPEATED: Reason.ROW_NOT_LEASED,
 }
