@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -51,15 +53,15 @@ def test_a_large_update_is_read_where_it_lies() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1))
-def test_of_any_bytes_both_ways_give_the_same_message_or_the_same_reason(seed: int) -> None:
+def test_any_bytes_are_the_same_message_both_ways_or_are_refused_by_both(seed: int) -> None:
     draws = np.random.default_rng(seed)
     data = bytearray(an_update(SMALL // 4, seed))
     for at in draws.integers(0, 200, size=draws.integers(0, 4)).tolist():
         data[at] = int(draws.integers(256))
     if draws.random() < 0.3:
         data = data[: int(draws.integers(SMALL + 1, len(data)))]
-    whole, lifted = reason(lambda: parse(pb.Update, bytes(data), most_bytes=MOST)), reason(lambda: joined(bytes(data)))
-    assert whole == lifted
+    whole, lifted = parsed(lambda: parse(pb.Update, bytes(data), most_bytes=MOST)), parsed(lambda: joined(bytes(data)))
+    assert whole == lifted  # of what is broken in two places, each may name the one that it meets first
 
 
 def joined(data: bytes) -> pb.Update:
@@ -70,11 +72,11 @@ def joined(data: bytes) -> pb.Update:
     return message
 
 
-def reason(make: object) -> object:
+def parsed(make: Callable[[], pb.Update]) -> pb.Update | None:
     try:
-        return make()  # type: ignore[operator]
-    except Refused as refused:
-        return refused.reason
+        return make()
+    except Refused:
+        return None
 
 
 def test_a_part_is_read_where_it_lies_and_a_second_header_is_refused() -> None:
