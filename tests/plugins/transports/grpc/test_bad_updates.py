@@ -198,6 +198,7 @@ async def first(at: Standing) -> pb.Lease:
     async with at.peer(LATE) as peer:
         lease = await peer.lease(1)
         await peer.rows(lease)
+        at.submission(lease)  # it has its plan
     await alone(at, 1)
     return lease
 
