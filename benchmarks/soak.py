@@ -215,7 +215,8 @@ def process(pid: int) -> tuple[float, int, float]:
 def size(path: Path) -> tuple[float, int]:
     """MB and files, as a disk counts them; what goes while it is looked at is not there."""
     mb, files = 0.0, 0
-    for each in (path, *path.rglob("*")) if path.is_dir() else (path,):
+    found = [path, *(Path(folder, name) for folder, within, own in os.walk(path) for name in (*within, *own))]
+    for each in found:
         try:
             mb += each.stat().st_blocks * 512 / 1e6
             files += each.is_file()
