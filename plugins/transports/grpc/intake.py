@@ -457,7 +457,8 @@ class Intake:
         wanted = {(record.round, record.task) for record in self._records if record.state == "open"}
         for gone in self._open.keys() - wanted:
             del self._open[gone]
-            self._leases = {lease: held for lease, held in self._leases.items() if held[:2] != gone}
+            self.leased.forget(gone)
+            self._leases = {lease: held for lease, held in self._leases.items() if held[:2] in wanted}
             for folder in (self.leased.folder, self.staging.folder):
                 remove_ended(folder, self._records)
         for round, task in wanted - self._open.keys():

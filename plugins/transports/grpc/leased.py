@@ -63,7 +63,7 @@ class LeasedRows:
         """As :meth:`of`, but of what this process has given out lately, if it was asked from the beginning: another
         process may have given out more.
         """
-        given = _given(self._lately.of(lease))
+        given = _given(self._lately.of(window, lease))
         return self.of(window, lease) if given[1] is None else given
 
     def of(self, window: tuple[int, Task], lease: bytes) -> Given:
@@ -92,25 +92,36 @@ class LeasedRows:
                 file = (place / lease.hex()).open("ab")
             with file:
                 file.write(line)
-        self._lately.add(lease, source, values)
+        self._lately.add(window, lease, source, values)
+
+    def forget(self, window: tuple[int, Task]) -> None:
+        """A window has ended: nobody will ask what was given out in it."""
+        self._lately.forget(window)
 
 
 class _Lately:
     """What was given out under the leases that were heard of last: some numbers a lease, and so many in all."""
 
     def __init__(self) -> None:
-        self._held: OrderedDict[bytes, list[tuple[str, IntArray]]] = OrderedDict()
+        self._held: OrderedDict[tuple[tuple[int, Task], bytes], list[tuple[str, IntArray]]] = OrderedDict()
         self._count = 0
 
-    def add(self, lease: bytes, source: str, values: IntArray) -> None:
-        self._held.setdefault(lease, []).append((source, values))
-        self._held.move_to_end(lease)
+    def add(self, window: tuple[int, Task], lease: bytes, source: str, values: IntArray) -> None:
+        self._held.setdefault((window, lease), []).append((source, values))
+        self._held.move_to_end((window, lease))
         self._count += _ENTRY + len(values)
         while self._count > _MOST_KNOWN:
-            self._count -= sum(_ENTRY + len(each) for _, each in self._held.popitem(last=False)[1])
+            self._drop(next(iter(self._held)))
 
-    def of(self, lease: bytes) -> Iterable[tuple[str, IntArray]]:
-        return self._held.get(lease, ())
+    def of(self, window: tuple[int, Task], lease: bytes) -> Iterable[tuple[str, IntArray]]:
+        return self._held.get((window, lease), ())
+
+    def forget(self, window: tuple[int, Task]) -> None:
+        for key in [key for key in self._held if key[0] == window]:
+            self._drop(key)
+
+    def _drop(self, key: tuple[tuple[int, Task], bytes]) -> None:
+        self._count -= sum(_ENTRY + len(each) for _, each in self._held.pop(key))
 
 
 def _distinct(several: list[IntArray]) -> IntArray:
