@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 from fedtower.core.cli import as_known
+from fedtower.core.errors import CheckpointError, RecipeError
+from fedtower.core.recipe import Recipe
 from fedtower.core.registry import Registry
 from fedtower.recsys.run_folder import RunFolder
 from fedtower.recsys.runlog import RunLog
@@ -79,14 +81,21 @@ class Bench:
     def _held(self, task: Task) -> RunFolder | None:
         """The newest run of just this recipe, finished or not."""
         folders = (self.folder / "runs").glob(f"{task.name}-*/recipe.toml")
-        runs = [RunFolder.open(path.parent) for path in folders]
-        same = [run for run in runs if run.recipe() == task.recipe]
+        same = [run for run in (RunFolder.open(path.parent) for path in folders) if _recipe_of(run) == task.recipe]
         return max(same, key=lambda run: (_is_finished(run), run.path.stat().st_mtime), default=None)
 
     def _read(self, task: Task, folder: RunFolder) -> Finished:
         columns = [column for layout in self.suite.tables for column in layout.all_columns]
         columns += [Column(name) for plot in self.suite.plots for name in (plot.x, plot.y) if plot.x != "rounds"]
         return finished_run(task.entry.name, task.seed, RunLog(folder.path).record(), columns, self.suite.plots)
+
+
+def _recipe_of(folder: RunFolder) -> Recipe | None:
+    """The recipe of a run; nothing where it is of another version, or was torn: then it is no run of this suite."""
+    try:
+        return folder.recipe()
+    except (CheckpointError, RecipeError):
+        return None
 
 
 def _is_finished(folder: RunFolder) -> bool:

@@ -109,6 +109,14 @@ def test_another_option_is_another_run(place: Path) -> None:
     assert set(runs(place)) == {"small-s1-1", "small-s1-2"}
 
 
+def test_a_run_folder_of_another_version_is_left_alone(place: Path) -> None:
+    older = place / "bench/sizes/runs/small-s1-1"
+    older.mkdir(parents=True)
+    (older / "recipe.toml").write_text('name = "small-s1"\nwhat_there_was = 3\n')
+    assert call(["bench", "sizes", "--seeds", "1", "--only", "small"]) == 0
+    assert set(runs(place)) == {"small-s1-2"}
+
+
 def test_one_that_fails_is_told_and_the_others_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     suite = place / "her_suite" / "suite.toml"
     suite.write_text(suite.read_text().replace('options = ["cohort.size=5"]', 'options = ["local.lr=1e30"]'))

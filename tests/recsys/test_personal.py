@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from fedtower.core.draws import Draws
 from fedtower.core.errors import RecipeError
+from fedtower.core.round import make_plan
 from fedtower.core.testing.promises import assert_same_bits
 from fedtower.recsys.models import SequenceTower
 from fedtower.recsys.personal import PersonalScorer
@@ -45,8 +47,6 @@ def slow_scores(training: Federated, task: Histories, client: int, cut: int) -> 
     side, learned = training._parts.client, training.learned()
     assert learned.tuned is not None
     assert learned.rows is not None
-    from fedtower.core.round import make_plan
-
     plan = make_plan(training._state, training._parts)
     update = side.visit(plan, who)
     own = side.staged[-1].states["user_vector"][0]
@@ -106,8 +106,6 @@ def test_judging_leaves_the_training_as_it_was(trained: Federated, task: Histori
 
 
 def test_tuning_changes_what_is_measured(trained: Federated, task: Histories) -> None:
-    from dataclasses import replace
-
     learned = trained.learned()
     tuned, sent = (task.judge(each, "validation") for each in (learned, replace(learned, tuned=None)))
     assert tuned.metrics != sent.metrics
