@@ -85,19 +85,23 @@ class ClientSide:
             for name, shape in transform.state(plan).items():
                 self.store.declare(f"transforms.{position}.{name}", np.zeros(shape, dtype=np.float32))
 
+    def given(self, plan: Plan, clients: IntArray) -> Work:
+        """What ``clients`` train on in a visit, with the rows that they need and what they keep."""
+        work = self.data.work(plan, clients)
+        if self.rows is not None:
+            held = {source: fetch(self.rows, source, needed) for source, needed in work.row_ids.items()}
+            work = replace(work, rows=held)
+        return replace(work, states={name: self.store.read(name, clients) for name in self.device_state})
+
     def visit(self, plan: Plan, clients: IntArray) -> Updates:
         """The updates of ``clients`` as they leave their devices; what is to stay on the devices is staged.
 
         Their metric ``bytes_down`` is what each was sent: the plan's shared parameters, and the rows it asked for.
         """
-        work = self.data.work(plan, clients)
+        work = self.given(plan, clients)
         bytes_down = np.full(len(clients), float(plan.nbytes))
-        if self.rows is not None:
-            fetched = {source: fetch(self.rows, source, needed) for source, needed in work.row_ids.items()}
-            for source, needed in work.row_ids.items():
-                bytes_down += np.diff(needed.offsets) * 4.0 * fetched[source].shape[1]
-            work = replace(work, rows=fetched)
-        work = replace(work, states={name: self.store.read(name, clients) for name in self.device_state})
+        for source, rows in work.rows.items():
+            bytes_down += np.diff(work.row_ids[source].offsets) * 4.0 * rows.shape[1]
 
         updates, states = self.hooks.wrap(
             "client_train", lambda: self.runtime.train(plan, work), plan=plan, clients=clients

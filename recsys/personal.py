@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import vmap
 
-from fedtower.core.client import ClientSide, fetch
+from fedtower.core.client import ClientSide
 from fedtower.core.plan import Plan
 from fedtower.recsys.history import look_back
 from fedtower.recsys.scorer import TILE, ModelScorer
@@ -51,15 +51,11 @@ class Personal:
 
 def tune(plan: Plan, client: ClientSide, clients: IntArray) -> Personal:
     """What one visit by ``plan`` makes of the model for each of ``clients``; nothing is sent, and nothing is kept."""
-    work = client.data.work(plan, clients)
-    states = {name: client.store.read(name, clients) for name in client.device_state}
-    held = (
-        {} if client.rows is None else {source: fetch(client.rows, source, ids) for source, ids in work.row_ids.items()}
-    )
-    updates, after = client.runtime.train(replace(plan, train_rows=True), replace(work, rows=held, states=states))
+    work = client.given(plan, clients)
+    updates, after = client.runtime.train(replace(plan, train_rows=True), work)
     shared = {name: value[None] + updates.dense[name] for name, value in plan.parameters.items()}
     (source, needed), *_ = work.row_ids.items()
-    rows = held[source] + updates.rows[source].row_deltas
+    rows = work.rows[source] + updates.rows[source].row_deltas
     return Personal(clients, {**shared, **after}, needed.offsets, needed.ids, rows)
 
 
