@@ -38,6 +38,9 @@ _AGAIN = {
     grpc.StatusCode.ABORTED,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.UNKNOWN,
+    # What gRPC says itself of a line on which something unexpected came, as when a server is killed in a call.
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.DATA_LOSS,
 }
 _TASKS: dict[pb.Task.ValueType, Task] = {pb.TASK_TRAIN: "train", pb.TASK_EVALUATE: "evaluate"}
 

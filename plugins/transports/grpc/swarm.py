@@ -142,6 +142,7 @@ class Swarm:
                 except Vanished as vanished:
                     self._be_away(device, vanished)
         except FedtowerError as error:
+            device.said("gave up", {"kind": type(error).__name__, "message": str(error)})
             with self.tally.changing():
                 self.tally.failed.append(error)
         except Stopped:

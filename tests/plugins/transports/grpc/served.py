@@ -132,8 +132,9 @@ class Served:
             log.close()
 
     def said(self) -> str:
-        """The last lines of all."""
-        return "\n".join(f"{log.name}: {Path(log.name).read_text()[-3000:]}" for log in self._logs)
+        """The last lines of all, and which devices gave up, whenever they did."""
+        gave_up = [str(event) for event in self.said_by_devices() if event.get("event") == "gave up"]
+        return "\n".join([*gave_up, *(f"{log.name}: {Path(log.name).read_text()[-3000:]}" for log in self._logs)])
 
     def wait_for(self, look: Callable[[], Found | None], seconds: float = 120.0) -> Found:
         """What ``look`` finds, as soon as it does."""

@@ -33,6 +33,7 @@ class Server(FederationServicer):
 
     def __init__(self) -> None:
         self.faults, self.most, self.calls = 0, 1, 0
+        self.status = grpc.StatusCode.UNAVAILABLE
         self.held = b""
         self.metadata: list[Any] = []
         self.offsets: list[int] = []
@@ -46,7 +47,7 @@ class Server(FederationServicer):
         self.calls += 1
         if self.faults:
             self.faults -= 1
-            context.abort(grpc.StatusCode.UNAVAILABLE, "the line broke")
+            context.abort(self.status, "the line broke")
 
     def Enrol(self, request: pb.EnrolRequest, context: grpc.ServicerContext) -> pb.EnrolReply:
         return pb.EnrolReply(refusal=Refused(Reason.ENROLMENT_CODE, "nobody enrols here").to_message())
@@ -215,13 +216,22 @@ def test_rows_are_fetched_once_and_from_where_the_line_broke(server: Server, cal
         rows.fetch("user", ids)
 
 
-def test_an_upload_goes_on_where_the_server_has_it(server: Server, caller: Caller, tmp_path: Path) -> None:
+@pytest.mark.parametrize("status", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL])
+def test_an_upload_goes_on_where_the_server_has_it(
+    server: Server, caller: Caller, tmp_path: Path, status: grpc.StatusCode
+) -> None:
     path = tmp_path / "update"
     path.write_bytes(DATA)
-    server.faults = 2
+    server.faults, server.status = 2, status
     assert caller.submit(b"1", path) is False
     assert server.held == DATA
     assert caller.submit(b"1", path) is True
+
+
+def test_a_call_that_there_is_not_is_no_reason_to_wait(server: Server, caller: Caller) -> None:
+    server.faults, server.status = 1, grpc.StatusCode.UNIMPLEMENTED
+    with pytest.raises(Unreachable, match="UNIMPLEMENTED: the line broke"):
+        caller.heartbeat(b"1", 0.0)
 
 
 def test_a_refusal_is_told_and_not_tried_again(server: Server, caller: Caller, tmp_path: Path) -> None:
