@@ -1,10 +1,16 @@
-"""Batches: payloads to a segment, and then all that an intake was asked for in one transaction of the index."""
+"""Batches: payloads to a segment, and then all that an intake was asked for in one transaction of the index.
+
+A statement is about the whole batch and ends in one step. Python lets go of the interpreter for every step of SQLite,
+which is for every row that is read or written, and then waits until a busy event loop gives it back.
+"""
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedtower.core.intake import Answer, Batch, Grant, Renewal
 from fedtower.core.journal import Clock, Instant, LeaseRecord, Outcome, Upload, WrongState
@@ -15,8 +21,16 @@ from fedtower.plugins.journals.sqlite.windows import find_round
 # SQLite takes 32,766 values in one statement; more than a few hundred make it no faster.
 _VALUES = 500
 
+_LEASES = (
+    "SELECT json_group_array(json_array(hex(leases.id), leases.round, leases.task, leases.client, leases.boot, "
+    "printf('%!.17g', leases.expires), hex(leases.digest), leases.replaced)) FROM "
+)
+_CURRENT = (
+    "(VALUES {}) AS asked CROSS JOIN leases "  # as they stand: SQLite does not change the order of a CROSS JOIN
+    "ON round = asked.column1 AND task = asked.column2 AND client = asked.column3 AND NOT replaced"
+)
 _UNDER_WAY = (
-    f"SELECT {', '.join(f'leases.{name}' for name in LEASE.split(', '))} FROM rounds JOIN leases USING (round, task) "
+    "rounds JOIN leases USING (round, task) "
     "WHERE rounds.task = ? AND state = 'open' AND NOT replaced AND digest IS NULL"
 )
 
@@ -64,21 +78,15 @@ def read_batch(connection: sqlite3.Connection, orders: Sequence[Prepared | Uploa
     """The windows and leases that the orders are about."""
     named = [order.lease for order in orders if isinstance(order, Renewal | Placed | Upload)]
     leases: list[LeaseRecord] = []
-    for start in range(0, len(named), _VALUES):
-        several = named[start : start + _VALUES]
-        marks = ",".join("?" * len(several))
-        leases += map(lease_record, connection.execute(f"SELECT {LEASE} FROM leases WHERE id IN ({marks})", several))
+    for several in _by(_VALUES, named):
+        leases += _leases(connection, f"leases WHERE id IN ({_marks(len(several))})", several)
     grants = [order for order in orders if isinstance(order, Grant)]
-    for order in grants:
-        leases += map(
-            lease_record,
-            connection.execute(
-                f"SELECT {LEASE} FROM leases WHERE round = ? AND task = ? AND client = ? AND NOT replaced",
-                (order.round, order.task, order.client),
-            ),
-        )
+    asking = [(order.round, order.task, order.client) for order in grants]
+    for windows in _by(_VALUES, asking):
+        asked = ",".join([f"({_marks(3)})"] * len(windows))
+        leases += _leases(connection, _CURRENT.format(asked), [value for each in windows for value in each])
     for task in sorted({order.task for order in grants if order.most is not None}):
-        leases += map(lease_record, connection.execute(_UNDER_WAY, (task,)))
+        leases += _leases(connection, _UNDER_WAY, (task,))
     windows = {(held.lease.round, held.lease.task) for held in leases} | {(each.round, each.task) for each in grants}
     found = {window: find_round(connection, *window) for window in windows}
     return Batch(now, {window: record for window, record in found.items() if record is not None}, leases)
@@ -86,26 +94,58 @@ def read_batch(connection: sqlite3.Connection, orders: Sequence[Prepared | Uploa
 
 def write_batch(connection: sqlite3.Connection, batch: Batch[Placed]) -> None:
     """What came of the orders."""
-    write = connection.executemany
-    write("UPDATE leases SET replaced = 1 WHERE id = ?", [(id,) for id in batch.replaced])
-    write(
-        f"INSERT INTO leases ({LEASE}) VALUES (?, ?, ?, ?, ?, ?, NULL, 0)",
+    connection.executemany("UPDATE leases SET replaced = 1 WHERE id = ?", [(id,) for id in batch.replaced])
+    _write(
+        connection,
+        f"INSERT INTO leases ({LEASE}) {{}}",
         [
-            (each.id, each.round, each.task, each.client, each.expires.boot, each.expires.seconds)
+            (each.id, each.round, each.task, each.client, each.expires.boot, each.expires.seconds, None, 0)
             for each in batch.granted
         ],
     )
-    write("UPDATE leases SET expires = ? WHERE id = ?", [(each.expires.seconds, each.id) for each in batch.renewed])
-    write("UPDATE leases SET digest = ? WHERE id = ?", [(sent.digest, lease.id) for lease, _, sent in batch.accepted])
-    write(
-        "INSERT INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?)",
+    _write(
+        connection,
+        "WITH later (id, moment) AS ({}) UPDATE leases SET expires = moment FROM later WHERE leases.id = later.id",
+        list({each.id: each.expires.seconds for each in batch.renewed}.items()),  # of one asked twice the later
+    )
+    _write(
+        connection,
+        "WITH sent (id, digest) AS ({}) UPDATE leases SET digest = sent.digest FROM sent WHERE leases.id = sent.id",
+        [(lease.id, sent.digest) for lease, _, sent in batch.accepted],
+    )
+    _write(
+        connection,
+        "INSERT INTO uploads {}",
         [
             (lease.round, lease.task, position, lease.id, sent.place.segment, sent.place.offset, sent.place.length)
             for lease, position, sent in batch.accepted
         ],
     )
     counts = [(count, *window) for count, window in batch.counts]
-    write("UPDATE rounds SET accepted = ? WHERE round = ? AND task = ?", counts)
+    connection.executemany("UPDATE rounds SET accepted = ? WHERE round = ? AND task = ?", counts)
+
+
+def _leases(connection: sqlite3.Connection, which: str, values: Sequence[Any]) -> Iterator[LeaseRecord]:
+    """The leases that ``which`` (a part of FROM on) names, read in one step."""
+    (found,) = connection.execute(_LEASES + which, values).fetchone()
+    for id, round, task, client, boot, expires, digest, replaced in json.loads(found):
+        record = (bytes.fromhex(id), round, task, client, boot, float(expires), bytes.fromhex(digest) or None, replaced)
+        yield lease_record(record)
+
+
+def _write(connection: sqlite3.Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    """A statement with the rows as VALUES in the place of its ``{}``."""
+    for several in _by(_VALUES, rows):
+        values = f"VALUES {','.join([f'({_marks(len(several[0]))})'] * len(several))}"
+        connection.execute(statement.format(values), [value for row in several for value in row])
+
+
+def _by(many: int, rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    return (rows[start : start + many] for start in range(0, len(rows), many))
+
+
+def _marks(count: int) -> str:
+    return ",".join("?" * count)
 
 
 def _extend(connection: sqlite3.Connection, places: Sequence[Place]) -> None:
