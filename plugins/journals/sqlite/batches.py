@@ -82,9 +82,9 @@ def read_batch(connection: sqlite3.Connection, orders: Sequence[Prepared | Uploa
         leases += _leases(connection, f"leases WHERE id IN ({_marks(len(several))})", several)
     grants = [order for order in orders if isinstance(order, Grant)]
     asking = [(order.round, order.task, order.client) for order in grants]
-    for windows in _by(_VALUES, asking):
-        asked = ",".join([f"({_marks(3)})"] * len(windows))
-        leases += _leases(connection, _CURRENT.format(asked), [value for each in windows for value in each])
+    for several in _by(_VALUES, asking):
+        asked = ",".join([f"({_marks(3)})"] * len(several))
+        leases += _leases(connection, _CURRENT.format(asked), [value for each in several for value in each])
     for task in sorted({order.task for order in grants if order.most is not None}):
         leases += _leases(connection, _UNDER_WAY, (task,))
     windows = {(held.lease.round, held.lease.task) for held in leases} | {(each.round, each.task) for each in grants}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import ContextVar
@@ -17,23 +17,24 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fedtower.core.errors import FedtowerError
-from fedtower.core.journal import Journal, Lease, Outcome, RoundRecord, Task, Upload
+from fedtower.core.journal import Journal, Lease, Outcome, Task, Upload
 from fedtower.core.registry import Registry
 from fedtower.plugins.transports.grpc.answers import Answers
 from fedtower.plugins.transports.grpc.artefact_store import ArtefactStore
 from fedtower.plugins.transports.grpc.bell import TABLE, Bell, ring
 from fedtower.plugins.transports.grpc.bounds import parse
-from fedtower.plugins.transports.grpc.checks import Expected, expected_of, refuse_unfit
+from fedtower.plugins.transports.grpc.checks import Expected, refuse_unfit
 from fedtower.plugins.transports.grpc.codec import data_of_part, decode_submission, refuse_other_protocol
 from fedtower.plugins.transports.grpc.leased import LeasedRows, remove_ended
 from fedtower.plugins.transports.grpc.meters import Meters
+from fedtower.plugins.transports.grpc.open_windows import OpenWindows
 from fedtower.plugins.transports.grpc.presence import Presence
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
 from fedtower.plugins.transports.grpc.room import Room
 from fedtower.plugins.transports.grpc.rows import ids_of
 from fedtower.plugins.transports.grpc.staging import Staging
 from fedtower.plugins.transports.grpc.waiting import Waiting
-from fedtower.plugins.transports.grpc.windows import Window, read_window
+from fedtower.plugins.transports.grpc.windows import Window
 from fedtower.protos.v1 import federation_pb2 as pb
 
 Result = TypeVar("Result")
@@ -102,14 +103,6 @@ class Limits:
         return self.presence_seconds / 2
 
 
-@dataclass(frozen=True)
-class Open:
-    """A window that is open, as the intake uses it."""
-
-    window: Window
-    expected: Expected
-
-
 @dataclass
 class Intake:
     """Answers to calls. Messages come and go as bytes."""
@@ -125,16 +118,14 @@ class Intake:
     uploads: int = field(default=0, init=False)
     draining: bool = field(default=False, init=False)
     stumbled: float = field(default=float("-inf"), init=False)  # when storing failed last, by time.monotonic()
-    _records: list[RoundRecord] = field(default_factory=list, repr=False)
-    _looked: float = field(default=-1.0, repr=False)
-    _open: dict[tuple[int, Task], Open] = field(default_factory=dict, repr=False)
-    _leases: dict[bytes, tuple[int, Task, int]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.artefacts = ArtefactStore(self.folder / "artefacts")
         self.presence = Presence(self.folder / "present")
         self.staging = Staging(self.folder / "staging", self.limits.upload_bytes)
         self.leased = LeasedRows(self.folder / "leased")
+        self._open = OpenWindows(self.folder, self.federation, self.journal, self.registry, self.artefacts)
+        self._looked = float("-inf")  # when, by the loop's clock
         self.waiting = Waiting(self.limits.most_waiting)
         self._memory = Room(self.limits.memory_bytes, self.limits.slow_seconds)
         self._answers = Answers()
@@ -179,11 +170,11 @@ class Intake:
             pause = pb.ComeBack(seconds=self._pause(), reason="this server is about to stop")
             return pb.CheckInReply(come_back=pause)
         wanted = {_NAMES[task] for task in request.tasks if task in _NAMES} or {"train", "evaluate"}
-        for window, most in _offers(self._windows(), caller.client):
+        for window, most in _offers(self._windows().windows(), caller.client):
             if window.task in wanted:
                 asked = (window.round, window.task, caller.client, window.lease_seconds, most)
                 lease = await self._durable(self.journal.lease(*asked))
-                held = None if lease is None else self._open.get((lease.round, lease.task))
+                held = None if lease is None else self._open.get(lease.round, lease.task)
                 if lease is not None and held is not None:
                     window = held.window  # an older one, if the client works from that
                     self.meters.leased(window.task)
@@ -228,49 +219,20 @@ class Intake:
         request = parse(pb.FetchRequest, data, whose=caller.whose)
         window = self._lease_of(caller, request.lease)
         first, others = request.digest, [each for each in dict.fromkeys(request.then) if each != request.digest]
-        path = self.artefacts.path(first)
-        if len(first) != 32 or not path.is_file():
+        if len(first) != 32 or not self.artefacts.path(first).is_file():
             raise self._without(caller, window, first)
         if len(others) > MOST_TOGETHER:
             raise Refused(
                 Reason.TOO_LARGE, f"{caller.whose} asked for {len(others)} artefacts at once; {MOST_TOGETHER} may be"
             )
-        held = bytearray()
-        with path.open("rb") as file:
-            file.seek(request.offset)
-            while block := file.read(CHUNK_BYTES):
-                held += block
-                while len(held) >= CHUNK_BYTES:
-                    yield self._chunk(held)
-        for data in self._small(others):
-            held += data
-            while len(held) >= CHUNK_BYTES:
-                yield self._chunk(held)
-        if held:
-            yield self._chunk(held)
-
-    def _small(self, digests: Sequence[bytes]) -> Iterator[bytes]:
-        """Artefacts of a chunk's size at most, up to the first that is larger, or not here."""
-        for digest in digests:
-            path = self.artefacts.path(digest)
-            try:
-                if len(digest) != 32 or path.stat().st_size > CHUNK_BYTES:
-                    return
-                yield path.read_bytes()
-            except FileNotFoundError:
-                return
-
-    def _chunk(self, held: bytearray) -> pb.Chunk:
-        """The next chunk, taken from what is held."""
-        data = bytes(held[:CHUNK_BYTES])
-        del held[:CHUNK_BYTES]
-        self.meters.sent(len(data))
-        return pb.Chunk(data=data)
+        for chunk in self.artefacts.chunks(first, request.offset, others, CHUNK_BYTES):
+            self.meters.sent(len(chunk))
+            yield pb.Chunk(data=chunk)
 
     def _without(self, caller: Caller, window: tuple[int, Task], digest: bytes) -> Refused:
         """Why an artefact is not here: what a round was sent goes when it is over."""
         self._look()
-        if window not in self._open:
+        if self._open.get(*window) is None:
             return Refused(
                 Reason.ROUND_CLOSED,
                 f"round {window[0]} ({window[1]}) waits for nothing more, and what it was sent is gone; {caller.whose} "
@@ -400,16 +362,15 @@ class Intake:
 
     def _waits_for(self, round: int, task: Task) -> Expected | None:
         """What a window is held to; nothing, where the journal says that it is not open."""
-        self._windows()
-        if (round, task) not in self._open:  # opened this moment, or this process has just begun
-            self._looked = -1.0
-            self._windows()
-        held = self._open.get((round, task))
+        held = self._windows().get(round, task)
+        if held is None:  # opened this moment, or this process has just begun
+            self._look()
+            held = self._open.get(round, task)
         return None if held is None else held.expected
 
     def _lease_of(self, caller: Caller, lease: bytes) -> tuple[int, Task]:
         """The round and task of a lease. Raises Refused for one that is not the caller's."""
-        held = self._leases.get(lease) or self._found(lease)
+        held = self._open.lease(lease)
         if held is None or held[2] != caller.client:
             raise Refused(
                 Reason.UNKNOWN_LEASE, f"{caller.whose} has no lease {lease.hex()[:16]!r} here; check in to be given one"
@@ -418,60 +379,41 @@ class Intake:
         self.presence.saw(caller.client)
         return held[0], held[1]
 
-    def _found(self, lease: bytes) -> tuple[int, Task, int] | None:
-        """A lease that this process has not seen before: given by another intake, or before a kill."""
-        record = self.journal.find(lease)
-        if record is None:
-            return None
-        held = (record.lease.round, record.lease.task, record.lease.client)
-        if held[:2] in self._open:  # those of rounds that are over would never be forgotten
-            self._leases[lease] = held
-        return held
-
     def _expected(self, round: int, task: Task, caller: Caller) -> Expected:
-        self._windows()
-        held = self._open.get((round, task))
+        held = self._windows().get(round, task)
         if held is None:
             raise Refused(
                 Reason.ROUND_CLOSED, f"round {round} ({task}) waits for nothing more; {caller.whose} may check in again"
             )
         return held.expected
 
-    def _windows(self) -> list[Window]:
+    def _windows(self) -> OpenWindows:
         """The windows that are open, as they stood at most 50 ms ago."""
-        now = asyncio.get_running_loop().time()
-        if now - self._looked > _LOOK_SECONDS:
+        if asyncio.get_running_loop().time() - self._looked > _LOOK_SECONDS:
             self._look()
-        return [self._open[key].window for key in sorted(self._open)]
+        return self._open
 
     def _look(self) -> None:
         """Read how the windows stand, and call the clients of those that have opened."""
         self._looked = asyncio.get_running_loop().time()
-        self._records = self.journal.rounds()
+        opened, gone = self._open.look()
+        self._note_presence()
+        for each in gone:
+            self.leased.forget(each)
+        for folder in (self.leased.folder, self.staging.folder) if gone else ():
+            remove_ended(folder, self._open.records)
+        for window in opened:
+            self._news += 1
+            self.waiting.call(window.clients)
+        self.meters.windows(self._open.newest())  # the others were told when they were the newest
+
+    def _note_presence(self) -> None:
         for client in self.waiting.clients():
             self.presence.saw(client)
         try:
             self.presence.write(within_seconds=max(self.limits.presence_seconds, self.limits.silence_seconds))
         except OSError as error:  # a full disk: who is there is no promise, and calls are answered all the same
             self.said("presence_not_written", message=str(error))
-        wanted = {(record.round, record.task) for record in self._records if record.state == "open"}
-        for gone in self._open.keys() - wanted:
-            del self._open[gone]
-            self.leased.forget(gone)
-            self._leases = {lease: held for lease, held in self._leases.items() if held[:2] in wanted}
-            for folder in (self.leased.folder, self.staging.folder):
-                remove_ended(folder, self._records)
-        for round, task in wanted - self._open.keys():
-            window = read_window(self.folder / "windows", round, task)
-            # Neither is there any more if the table process has been quicker.
-            if window is not None and self.artefacts.path(window.digest).is_file():
-                self._open[round, task] = Open(
-                    window, expected_of(window, self.artefacts, self.federation, self.registry)
-                )
-                self._news += 1
-                self.waiting.call(window.clients)
-        newest = {record.task: record for record in self._records}  # the others were told when they were the newest
-        self.meters.windows(list(newest.values()))
 
     async def _durable(self, promised: Future[Result]) -> Result:
         """What the journal says, once it is on the disk."""

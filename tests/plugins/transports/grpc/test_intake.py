@@ -384,7 +384,7 @@ def test_another_intake_knows_the_leases_of_the_first(federation: Federation, re
     async def story() -> None:
         lease = await federation.lease(0)
         await federation.rows(lease)
-        second = replace(federation.intake, _records=[], _looked=-1.0, _open={}, _leases={})
+        second = replace(federation.intake)
         second.presence.clock = federation.clock
         payload = encode_submission(federation.submission(lease))
         reply = await second.submit(caller(0), parts(lease.lease, payload))

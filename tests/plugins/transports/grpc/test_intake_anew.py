@@ -28,7 +28,7 @@ __all__ = ["clock", "federation", "journal", "registry"]  # fixtures
 
 def another(of: Federation) -> Intake:
     """An intake that has seen nothing yet, over the same journal and folder."""
-    made = replace(of.intake, _records=[], _looked=-1.0, _open={}, _leases={})
+    made = replace(of.intake)
     made.presence.clock = of.clock
     return made
 
