@@ -38,16 +38,19 @@ class Presence:
         now = self.clock()
         if now.seconds - self._written < EVERY_SECONDS:
             return
-        self._seen = {client: at for client, at in self._seen.items() if now.seconds - at <= within_seconds}
+        held = np.empty((len(self._seen), 2))  # of many thousands of clients, and nobody is answered meanwhile
+        held[:, 0], held[:, 1] = list(self._seen), list(self._seen.values())
+        gone = now.seconds - held[:, 1] > within_seconds
+        for client in held[gone, 0].astype(np.int64).tolist():
+            del self._seen[client]
         self._written = now.seconds
         if self._since is None:
             self._since = now.seconds
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{now.boot}-{os.getpid()}.npy"
-        held = np.array([(client, at) for client, at in sorted(self._seen.items())], dtype=np.float64).reshape(-1, 2)
         unfinished = path.with_suffix(".unfinished")
         with unfinished.open("wb") as file:
-            np.save(file, held, allow_pickle=False)
+            np.save(file, held[~gone], allow_pickle=False)
         unfinished.replace(path)
         unfinished.write_text(json.dumps({"since": self._since, "until": now.seconds}), encoding="ascii")
         unfinished.replace(path.with_suffix(".listening"))
