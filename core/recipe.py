@@ -117,6 +117,10 @@ class EvaluationSettings:
         default=20,
         metadata={"help": "rounds between looks at the validation items; 0: none. Standalone: as many in all"},
     )
+    until: Mapping[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "the run ends at a look that finds each of these metrics so good, {accuracy = 0.97}"},
+    )
     personal: bool = field(
         default=False,
         metadata={"help": "simulated: each client trains a visit on its own data before it judges, for itself alone"},
@@ -187,6 +191,11 @@ class Recipe:
         if not self.evaluation.k or min(self.evaluation.k) < 1:
             raise RecipeError(
                 f"evaluation.k must be list lengths from 1 on, such as [10], but is {list(self.evaluation.k)}"
+            )
+        if self.evaluation.until and not self.evaluation.every:
+            raise RecipeError(
+                f"evaluation.until = {dict(self.evaluation.until)} ends a run at a look at the validation items, and "
+                f"evaluation.every = 0 asks for none; set evaluation.every"
             )
         if not 0.0 < self.data.test_fraction < 1.0:
             raise RecipeError(f"data.test_fraction must be between 0 and 1, but is {self.data.test_fraction}")

@@ -26,8 +26,9 @@ class RoundReport:
     """What a round did: who took part, what it cost, and how it went.
 
     ``loss`` and ``metrics`` are means over the examples of the updates that counted; ``bytes_up`` and ``bytes_down``
-    are theirs too: what was sent to clients that dropped out is not known here. ``dropped`` are all clients of the
-    cohort that did not count; ``refused`` says of how many updates that was decided, by reason (see
+    are theirs too: what was sent to clients that dropped out is not known here. ``examples`` is how many they trained
+    on, each as often as it was taken, as their weights say. ``dropped`` are all clients of the cohort that did not
+    count; ``refused`` says of how many updates that was decided, by reason (see
     :class:`fedtower.core.checking.Reason`). ``device_seconds`` is what the round took of its devices, where its
     transport knows that, and ``wasted_seconds`` the part of visits that did not count; ``late`` of those were finished.
     ``staleness`` has the ``mean`` and the ``max`` of how many versions behind the updates were, where rounds are
@@ -48,6 +49,7 @@ class RoundReport:
     wasted_seconds: float = 0.0
     late: int = 0
     staleness: Mapping[str, float] = field(default_factory=dict)
+    examples: float = 0.0
 
 
 class Tally:
@@ -62,6 +64,7 @@ class Tally:
         self._told = np.zeros(len(cohort), dtype=bool)  # that they do not count
         self._refused: dict[Reason, int] = {}
         self._bytes = dict.fromkeys(BYTES, 0.0)
+        self._weights: list[WeightArray] = []
         self._metrics: dict[str, list[tuple[WeightArray, WeightArray]]] = {}  # by name, values and their weights
 
     def count(self, blocks: Iterable[Updates]) -> Iterator[Updates]:
@@ -71,6 +74,7 @@ class Tally:
                 self._counted[self._of_cohort(block.clients)] = True
             for name in BYTES:
                 self._bytes[name] += float(block.metrics.get(name, np.zeros(1)).sum())
+            self._weights.append(block.weights)
             weighty = block.weights > 0  # a client without examples has no loss, whatever it says
             for name, values in block.metrics.items():
                 if name not in BYTES:
@@ -135,6 +139,7 @@ class Tally:
             device_seconds=spent.seconds,
             wasted_seconds=spent.wasted,
             late=spent.late,
+            examples=math.fsum(weight for weights in self._weights for weight in weights),
         )
 
     def _of_cohort(self, clients: IntArray) -> IntArray:

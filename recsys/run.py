@@ -20,6 +20,7 @@ from fedtower.core.hooks import Hooks
 from fedtower.core.recipe import Part, Recipe, check, load_recipe
 from fedtower.core.registry import Registry, discover
 from fedtower.recsys.evaluation import Evaluation
+from fedtower.recsys.goal import Goal
 from fedtower.recsys.index_of_run import index_of, queries_of
 from fedtower.recsys.losses import RANKING, loss_of
 from fedtower.recsys.processes import ALONE, Processes, together
@@ -411,13 +412,17 @@ def _final(setting: Setting, training: Training, round: int) -> Iterator[tuple[s
 
 
 def _hooks(recipe: Recipe, registry: Registry, observers: Iterable[object]) -> Hooks:
-    """The hooks of the plugins, of the recipe's trackers, and of ``observers``; JSON lines are always written."""
+    """The hooks of the plugins, of the recipe's goal and trackers, and of ``observers``; JSON lines are always
+    written.
+    """
     hooks = Hooks.none()  # of this run alone: another one with the same registry must not be told of it
     for name, plugin in registry.manager.list_name_plugin():
         hooks.add(plugin, name)
     hooks.report = lambda message: hooks.observe("warned", message=message)
     parts = [Part("jsonl"), *(part for part in recipe.trackers if part.name != "jsonl")]
     trackers = [registry.make("tracker", part, path="trackers") for part in parts]
+    if recipe.evaluation.until:
+        hooks.add(Goal(recipe.evaluation.until), "evaluation.until")
     for position, observer in enumerate([*trackers, *observers]):
         hooks.add(observer, f"{type(observer).__name__} (observer {position} of this run)")
     return hooks

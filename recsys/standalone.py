@@ -107,6 +107,7 @@ class Standalone:
             bytes_up=0,
             bytes_down=0,
             seconds=setting.clock() - started,
+            examples=weight,
         )
 
     def _step(self, work: Work, scale: float) -> float:

@@ -58,6 +58,7 @@ class JSONLines:
             bytes_up=report.bytes_up,
             bytes_down=report.bytes_down,
             seconds=round(report.seconds, 6),
+            **({"examples": report.examples} if report.examples else {}),
             **({"refused": dict(report.refused)} if report.refused else {}),
             **({"staleness": dict(report.staleness)} if report.staleness else {}),
             **({"late": report.late} if report.late else {}),

@@ -248,6 +248,16 @@ def test_bytes_are_counted_as_documented() -> None:
     assert report.bytes_down == (4 + 2 * 4) + (4 + 1 * 4)
 
 
+def test_examples_are_those_of_the_clients_that_count() -> None:
+    class Objection:
+        @hookimpl
+        def accept_update(self, update: Updates, plan: Plan) -> str | None:
+            return "not this one" if update.clients is not None and 4 in update.clients else None
+
+    assert outcome(parts(0, 1, 2, 4))[2].examples == 2 + 1 + 0 + 4
+    assert outcome(parts(0, 1, 2, 4, plugin=Objection()))[2].examples == 2 + 1 + 0
+
+
 @pytest.mark.parametrize("block", [1, 2, 3, 8])
 def test_the_width_of_blocks_changes_no_bit_of_state_or_report(block: int) -> None:
     wide, narrow = (parts(*range(8), transforms=[Clip(norm=0.7)], transport=InProcess(block=b)) for b in (8, block))
