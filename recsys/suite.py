@@ -21,7 +21,7 @@ A suite is a TOML file that a plugin offers with ``registry.suite("mine", "my_pa
 
     [[tables]]
     title = "ML-100K"
-    columns = ["HR@10", "NDCG@10", {of = "accuracy", reach = 0.97}]
+    columns = ["HR@10", {of = "accuracy", reach = 0.97}, {of = "accuracy", reach = 0.97, unit = "passes"}]
     entries = ["dssm-100k"]       # all of them, if this is left out
 
     [[plots]]
@@ -34,6 +34,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from fedtower.core.errors import RecipeError, nearest
 from fedtower.core.offers import read_target
@@ -55,17 +56,19 @@ TOTALS: Mapping[str, str] = {
 @dataclass(frozen=True)
 class Column:
     """One figure of every run: a metric of its test data, one of :data:`TOTALS`, or with ``reach`` the first round
-    after which the validation metric ``of`` is at least that (or, of a loss, at most).
+    after which the validation metric ``of`` is at least that (or, of a loss, at most); in ``passes``, how often as many
+    examples as the training data has were trained on by then.
     """
 
     of: str
     reach: float | None = None
     title: str = ""
+    unit: Literal["rounds", "passes"] = "rounds"
 
     @property
     def key(self) -> str:
         """The column's name in results."""
-        return self.of if self.reach is None else f"rounds to {self.of} {self.reach:g}"
+        return self.of if self.reach is None else f"{self.unit} to {self.of} {self.reach:g}"
 
     @property
     def head(self) -> str:
@@ -154,6 +157,9 @@ class Suite:
             raise RecipeError(f"a suite needs entries, each with a name of its own, but {twice!r} is there twice")
         if not self.seeds or not self.quick.seeds:
             raise RecipeError("a suite needs at least one seed, in seeds and in quick.seeds")
+        columns = [column for layout in self.tables for column in layout.all_columns]
+        if any(column.unit != "rounds" and column.reach is None for column in columns):
+            raise RecipeError("a column's unit is of what is reached: give every column that has one a reach as well")
         asked = [("against", entry.against) for entry in self.entries if entry.against]
         asked += [(f"the table {each.title!r}", name) for each in self.tables for name in each.entries]
         asked += [(f"the plot {each.title!r}", name) for each in self.plots for name in each.entries]

@@ -235,7 +235,9 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
 
 def _value(column: Column, record: RunRecord, tested: Mapping[str, Any]) -> float | None:
     if column.reach is not None:
-        return reached(curve(record, column.of), column.reach, falling=column.of.endswith("loss"))
+        points = curve(record, column.of)
+        along = _by_passes(points, record) if column.unit == "passes" else points
+        return reached(along, column.reach, falling=column.of.endswith("loss"))
     if column.of == "rounds":
         return float(record.last_round)
     if column.of.endswith("_a_visit"):
@@ -245,3 +247,15 @@ def _value(column: Column, record: RunRecord, tested: Mapping[str, Any]) -> floa
         return float(record.total(column.of))
     value = tested.get("metrics", {}).get(column.of)
     return None if value is None else float(value)
+
+
+def _by_passes(points: Curve, record: RunRecord) -> Curve:
+    """A curve over passes through the training data; none where the log does not count examples."""
+    whole, taken = record.card.get("training examples"), 0.0
+    after: dict[float, float] = {}
+    for event in record.rounds:
+        if whole is None or event.get("examples") is None:
+            return []
+        taken += event["examples"]
+        after[float(event["round"])] = taken / whole
+    return [(after[round], value) for round, value in points]

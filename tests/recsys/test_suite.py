@@ -106,6 +106,21 @@ def test_the_figures_of_a_run_are_those_of_its_log(tmp_path: Path) -> None:
     assert found.curves["loss"] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
 
 
+def test_passes_are_examples_over_what_everybody_holds(tmp_path: Path) -> None:
+    log, there = RunLog(tmp_path), Column("accuracy", 0.9, unit="passes")
+    log.append("run_started", name="x", mode="simulated", seed=1, rounds=3)
+    log.append("data", card={"name": "x", "training examples": 1000})
+    for round, examples in ((1, 100), (2, 300), (3, 100), (4, 100)):
+        log.append("round", round=round, loss=1.0, clients=4, examples=examples, seconds=0.5)
+    for round, accuracy in ((2, 0.8), (4, 1.0)):
+        log.append("evaluation", round=round, role="validation", label="v", metrics={"accuracy": accuracy})
+    found = finished_run("x", 1, log.record(), [there, Column("accuracy", 0.9)], [])
+    # Halfway between the looks after rounds 2 and 4: after 0.4 passes, and after 0.6.
+    assert found.figures == {"passes to accuracy 0.9": pytest.approx(0.5), "rounds to accuracy 0.9": pytest.approx(3)}
+    log.append("round", round=1, loss=1.0, clients=4, seconds=0.5)  # of a log that does not count examples
+    assert finished_run("x", 1, log.record(), [there], []).figures == {}
+
+
 def test_what_is_read_says_who_failed_who_never_came_there_and_what_is_published() -> None:
     text, page = in_markdown(RESULTS), render_suite(RESULTS)
     assert "| 0.710 ± 0.010 |" in text
@@ -127,6 +142,7 @@ def test_what_is_read_says_who_failed_who_never_came_there_and_what_is_published
         ({"entries": [{"name": "a", "recipe": "r", "against": "b"}]}, "against names the entry 'b'"),
         ({"tables": [{"title": "t", "columns": ["AUC"], "entries": ["dssn"]}]}, "did you mean 'dssm'"),
         ({"tables": [{"title": "t", "columns": [{"of": "AUC", "reech": 1.0}]}]}, "tables.0.columns.0"),
+        ({"tables": [{"title": "t", "columns": [{"of": "AUC", "unit": "passes"}]}]}, "a reach as well"),
     ],
 )
 def test_a_suite_that_is_wrong_says_what(change: dict[str, object], complaint: str) -> None:

@@ -44,11 +44,20 @@ class MNIST:
     validation_images: int = field(
         default=0, metadata={"help": "training images that no client gets, drawn at random, to tune on"}
     )
+    curve: Literal["validation", "test"] = field(
+        default="validation",
+        metadata={"help": "the images of the looks on the way; test: as papers count rounds, and to tune nothing by"},
+    )
 
     def __post_init__(self) -> None:
         for name, least in (("clients", 1), ("shards_per_client", 1), ("validation_images", 0)):
             if getattr(self, name) < least:
                 raise RecipeError(f"data.{name} must be at least {least}, but is {getattr(self, name)}")
+        if self.curve == "test" and self.validation_images:
+            raise RecipeError(
+                f'data.curve = "test" leaves data.validation_images = {self.validation_images} unused; set that to 0, '
+                f"or leave data.curve out"
+            )
 
     def load(self, *, draws: Draws, progress: Callable[[str], None]) -> ExampleTable:
         """The images of the clients, and the test images."""
@@ -60,13 +69,14 @@ class MNIST:
         held, kept = np.sort(drawn[: self.validation_images]), np.sort(drawn[self.validation_images :])
         owners, order = self._shared_out(labels[kept], draws)
         mine = kept[order]
+        looked_at = test if self.curve == "test" else _everybody(images[held], labels[held])
         offsets = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=self.clients))]).astype(np.int64)
         numbers = np.arange(self.clients, dtype=np.int64)
         training = Examples(numbers, offsets, images[mine], _no_categories(len(mine)), labels[mine])
         return ExampleTable(
-            card=self._card(training, len(held), len(test.labels)),
+            card=self._card(training, len(looked_at.labels), len(test.labels)),
             training=training,
-            validation=_everybody(images[held], labels[held]),
+            validation=looked_at,
             test=test,
             num_classes=CLASSES,
         )
@@ -120,6 +130,7 @@ class MNIST:
             test=test,
             extra={
                 "clients": f"{training.lengths.min()} to {training.lengths.max()} images each, {shared}",
+                **({"curve": "of the test images: nothing may be tuned by it"} if self.curve == "test" else {}),
                 "images": f"{' x '.join(map(str, training.dense.shape[1:]))}, from 0 to 1; {CLASSES} digits",
                 "source": "LeCun, Cortes and Burges, http://yann.lecun.com/exdb/mnist/",
                 "licence": "commonly stated as CC BY-SA 3.0",

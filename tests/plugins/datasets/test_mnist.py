@@ -92,6 +92,16 @@ def test_the_seed_decides_who_gets_what(example: dict[str, Any]) -> None:
         assert not np.array_equal(first, load(2, **example, partition=partition).training.dense)
 
 
+def test_the_curve_can_be_of_the_test_images_and_then_nothing_is_held_out(example: dict[str, Any]) -> None:
+    held = load(**example | {"validation_images": 0, "curve": "test"})
+    np.testing.assert_array_equal(held.validation.dense, held.test.dense)
+    assert (len(held.training.labels), held.card.validation, held.card.test) == (240, 60, 60)
+    assert "nothing may be tuned by it" in held.card.extra["curve"]
+    assert len(load(**example | {"validation_images": 0}).validation.labels) == 0
+    with pytest.raises(RecipeError, match=r"leaves data.validation_images = 30 unused"):
+        load(**example, curve="test")
+
+
 def test_packed_files_are_the_same_data(example: dict[str, Any]) -> None:
     plain = load(**example)
     for path in list(example["path"].iterdir()):
