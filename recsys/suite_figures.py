@@ -175,7 +175,7 @@ def difference(against: str, ours: Mapping[int, float], theirs: Mapping[int, flo
     first, second = ([of[seed] for seed in seeds] for of in (ours, theirs))
     apart = np.subtract(first, second)
     p = None
-    if len(seeds) > 1 and float(np.ptp(apart)) > 0:
+    if len(seeds) > 1 and not np.allclose(apart, apart[0], rtol=1e-9, atol=0.0):  # apart by more than a rounding
         from scipy.stats import ttest_rel  # takes a second to import, and a suite of one seed does not need it
 
         p = float(ttest_rel(first, second).pvalue)
@@ -241,8 +241,8 @@ def _value(column: Column, record: RunRecord, tested: Mapping[str, Any]) -> floa
     if column.of == "rounds":
         return float(record.last_round)
     if column.of.endswith("_a_visit"):
-        visits = record.total("clients")
-        return record.total(column.of.removesuffix("_a_visit")) / visits if visits else None
+        sent, visits = record.total(column.of.removesuffix("_a_visit")), record.total("clients")
+        return sent / visits if sent and visits else None  # a central run has no visits
     if column.of in ("seconds", "bytes_up", "bytes_down"):
         return float(record.total(column.of))
     value = tested.get("metrics", {}).get(column.of)

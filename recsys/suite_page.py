@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from importlib import resources
 from string import Template
+from textwrap import fill
 
 from rich import box
 from rich.console import Console
@@ -16,12 +17,12 @@ from fedtower.recsys.chart import Line, key, line_chart
 from fedtower.recsys.markup import Markup, join, tag
 from fedtower.recsys.page import section, table
 from fedtower.recsys.suite import TOTALS, Column, Layout, Plot
-from fedtower.recsys.suite_figures import Difference, Results, Row, Spread
+from fedtower.recsys.suite_figures import Results, Row
 from fedtower.recsys.units import figure, in_bytes, in_count, in_seconds
 
 HOW = (
-    "Mean over seeds, and after ± the standard deviation. A difference is taken seed by seed; p is of a two-sided "
-    "paired t-test, and nothing is said of one seed. Published figures are those of the source that is named."
+    "Mean over seeds, and after ± the standard deviation. A difference, told by its sign, is taken seed by seed; p is "
+    "of a two-sided paired t-test, and nothing is said of one seed. Published figures are those of the source named."
 )
 
 
@@ -43,7 +44,7 @@ def in_markdown(results: Results) -> str:
     lines = [f"# {results.suite.title}", "", *_about(results), ""]
     for layout in results.layouts:
         out = io.StringIO()
-        Console(file=out, width=1000, color_system=None).print(console_table(results, layout, box.MARKDOWN))
+        Console(file=out, width=1000, color_system=None).print(_markdown_table(results, layout))
         lines += [
             f"## {layout.title}",
             "",
@@ -54,10 +55,28 @@ def in_markdown(results: Results) -> str:
     return "\n".join([*lines, HOW, ""])
 
 
-def console_table(results: Results, layout: Layout, style: box.Box = box.SIMPLE_HEAD) -> Table:
-    """One table, for a terminal or for Markdown."""
-    shown = Table(box=style, pad_edge=style is box.MARKDOWN)
-    shown.add_column("", min_width=16)
+def console_table(results: Results, layout: Layout) -> Table:
+    """One table, for a terminal: what belongs to a figure is under it, and only the entries' titles are folded."""
+    rows = results.table(layout)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    shown.add_column("")
+    stacks = [[_stack(column, row) for row in rows] for column in layout.all_columns]
+    for column, cells in zip(layout.all_columns, stacks, strict=True):
+        width = max((len(line) for cell in cells for line in cell), default=0)
+        shown.add_column(fill(column.head, max(width, 8)), justify="right", no_wrap=True)
+    for row, *cells in zip(rows, *stacks, strict=True):
+        shown.add_row(Text(row.entry.words), *(Text("\n".join(cell)) for cell in cells))
+    return shown
+
+
+def _stack(column: Column, row: Row) -> list[str]:
+    return [_spread(column, row), *(part for line in _under(column, row) for part in line.split(" ", 1))]
+
+
+def _markdown_table(results: Results, layout: Layout) -> Table:
+    """One table, for Markdown: a column for everything."""
+    shown = Table(box=box.MARKDOWN)
+    shown.add_column("")
     for head in _heads(results, layout):
         shown.add_column(head, justify="right")
     for row in results.table(layout):
@@ -87,12 +106,13 @@ def _unit(name: str) -> Callable[[float], str]:
 def _about(results: Results) -> list[str]:
     seeds = sorted({run.seed for run in results.runs})
     protocols = dict.fromkeys(run.protocol for run in results.runs if run.protocol)
+    numbers = ", ".join(map(str, seeds)) or "none yet"
     said = [
         results.suite.about,
-        f"Seeds {', '.join(map(str, seeds)) or 'none yet'}; judged by {' / '.join(protocols) or 'nothing yet'}.",
+        f"{'Seed' if len(seeds) == 1 else 'Seeds'} {numbers}; judged by {' / '.join(protocols) or 'nothing yet'}.",
     ]
     if results.quick:
-        said.append("This is the quick form: fewer rounds and seeds, to see that it works. Its figures are lower.")
+        said.append("This is the quick form, of minutes: fewer seeds, rounds or entries than the suite itself has.")
     if len(results.runs) < results.planned:
         said.append(f"{len(results.runs)} of {results.planned} runs are done; the same command goes on.")
     return [line for line in said if line]
@@ -116,15 +136,22 @@ def _heads(results: Results, layout: Layout) -> list[str]:
 def _cells(results: Results, layout: Layout, row: Row) -> list[str]:
     cells = []
     for column in layout.all_columns:
-        cells.append(_spread(column, row, row.figures.get(column.key)))
+        cells.append(_spread(column, row))
         if _has_published(results, layout, column):
-            cells.append(in_words(column, row.entry.published.get(column.key)))
+            cells.append(_published(column, row) or "–")
         if _has_differences(results, layout, column):
-            cells.append(_apart(column, row.differences.get(column.key)))
+            cells.append(_apart(column, row) or "–")
     return cells
 
 
-def _spread(column: Column, row: Row, spread: Spread | None) -> str:
+def _under(column: Column, row: Row) -> list[str]:
+    """What stands under a figure: the published one, and how far it is from what it is held against."""
+    published, apart = _published(column, row), _apart(column, row)
+    return [*([f"published {published}"] if published else []), *([apart] if apart else [])]
+
+
+def _spread(column: Column, row: Row) -> str:
+    spread = row.figures.get(column.key)
     if spread is None:
         never = column.reach is not None and row.runs > row.failed
         return "never" if never else "failed" if row.failed else "–"
@@ -135,9 +162,17 @@ def _spread(column: Column, row: Row, spread: Spread | None) -> str:
     return said + (f" ({missing} never)" if column.reach is not None and missing else "")
 
 
-def _apart(column: Column, apart: Difference | None) -> str:
-    if apart is None:
-        return "–"
+def _published(column: Column, row: Row) -> str:
+    value = row.entry.published.get(column.key)
+    if value is None:
+        return ""
+    return f"{value:g}" if column.reach is not None else in_words(column, value)  # whole rounds, if they are
+
+
+def _apart(column: Column, row: Row) -> str:
+    apart = row.differences.get(column.key)
+    if apart is None or column.of in TOTALS:
+        return ""
     said = f"{'+' if apart.mean >= 0 else '−'}{in_words(column, abs(apart.mean))}"
     return said + ("" if apart.p is None else f" (p {apart.p:.2g})")
 
@@ -152,13 +187,19 @@ def _has_differences(results: Results, layout: Layout, column: Column) -> bool:
 
 def _notes(results: Results, layout: Layout) -> list[str]:
     rows = results.table(layout)
-    sources = [f"{row.entry.words}: {row.entry.source}" for row in rows if row.entry.source]
+    sources: dict[str, list[str]] = {}
+    for row in rows:
+        if row.entry.source:
+            sources.setdefault(row.entry.source, []).append(row.entry.words)
     against = dict.fromkeys(
         f"{row.entry.words} against {results.suite.entry(row.entry.against).words}" for row in rows if row.differences
     )
     said = [layout.note] if layout.note else []
     said += [f"Differences: {'; '.join(against)}."] if against else []
-    return said + ([f"Published: {'; '.join(sources)}."] if sources else [])
+    if len(sources) == 1:
+        return [*said, f"Published: {next(iter(sources))}."]
+    by_source = [f"{source} ({'; '.join(names)})" for source, names in sources.items()]
+    return said + ([f"Published: {'. '.join(by_source)}."] if sources else [])
 
 
 def _table(results: Results, layout: Layout) -> Markup:
@@ -170,14 +211,11 @@ def _table(results: Results, layout: Layout) -> Markup:
         for index, column in enumerate(layout.all_columns):
             spread = row.figures.get(column.key)
             is_best = spread is not None and best[index] is not None and spread.mean == best[index] and len(rows) > 1
-            cells.append(tag("td", _spread(column, row, spread), class_="best" if is_best else None))
-            if _has_published(results, layout, column):
-                cells.append(tag("td", in_words(column, row.entry.published.get(column.key))))
-            if _has_differences(results, layout, column):
-                cells.append(tag("td", _apart(column, row.differences.get(column.key))))
+            under = [tag("small", line) for line in _under(column, row)]
+            cells.append(tag("td", _spread(column, row), under, class_="best" if is_best else None))
         drawn.append(tag("tr", tag("th", row.entry.words, scope="row"), cells))
     notes = [tag("p", note, class_="muted") for note in _notes(results, layout)]
-    return section(layout.title, table(["", *_heads(results, layout)], drawn), notes)
+    return section(layout.title, table(["", *(column.head for column in layout.all_columns)], drawn), notes)
 
 
 def _best(rows: Sequence[Row], layout: Layout) -> list[float | None]:
@@ -217,4 +255,6 @@ def _runs(results: Results) -> Markup:
         for run in results.runs
     ]
     shown = table(["entry", "seed", "run folder"], rows, words=True)
-    return section("Runs", tag("details", tag("summary", f"{len(results.runs)} runs"), shown))
+    return section(
+        "Runs", tag("details", tag("summary", f"{len(results.runs)} run{'s' * (len(results.runs) != 1)}"), shown)
+    )

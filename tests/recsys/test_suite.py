@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from scipy.stats import t as students_t
 
 from fedtower.core.errors import RecipeError
@@ -13,7 +16,7 @@ from fedtower.core.settings import build
 from fedtower.recsys.runlog import RunLog
 from fedtower.recsys.suite import Column, Entry, Layout, Plot, Suite, load_suite, tasks_of
 from fedtower.recsys.suite_figures import Finished, Results, difference, finished_run, mean_curve, reached
-from fedtower.recsys.suite_page import in_markdown, render_suite
+from fedtower.recsys.suite_page import console_table, in_markdown, render_suite
 
 ENTRIES = (
     Entry("small", "dssm-synthetic", "Small", ("cohort.size=5",), published={"HR@10": 0.7}, source="Somebody, 2020"),
@@ -61,6 +64,9 @@ def test_one_seed_or_equal_differences_say_nothing_of_significance() -> None:
         found = difference("other", ours, theirs)
         assert found is not None
         assert (found.mean, found.p) == (1.0, None)
+    rounded = difference("other", {1: 0.3, 2: 0.8}, {1: 0.2, 2: 0.7})  # a tenth, and a tenth
+    assert rounded is not None
+    assert (rounded.mean, rounded.p) == (pytest.approx(0.1), None)
 
 
 @pytest.mark.parametrize(
@@ -125,12 +131,57 @@ def test_what_is_read_says_who_failed_who_never_came_there_and_what_is_published
     text, page = in_markdown(RESULTS), render_suite(RESULTS)
     assert "| 0.710 ± 0.010 |" in text
     assert "8.0 (1 never)" in text
-    assert "Published: Small: Somebody, 2020." in text
+    assert "Published: Somebody, 2020." in text
     assert "the disk is full" in page
     assert "Large &lt;b&gt;" in page
     assert "Large <b>" not in page
     half = Results("sizes", SUITE, quick=True, runs=RUNS[:2], planned=6)
     assert "2 of 6 runs are done; the same command goes on." in in_markdown(half)
+
+
+def test_a_terminal_of_80_columns_shows_every_figure_whole() -> None:
+    wide = Layout("Wide", ("HR@10", "NDCG@10", "bytes_up_a_visit", "bytes_down_a_visit", "seconds"))
+    entries = (
+        Entry(
+            "central",
+            "dssm-synthetic",
+            "PFedRec, items as they are sent",
+            published={"HR@10": 0.7161, "NDCG@10": 0.4342},
+        ),
+        Entry("other", "dssm-synthetic", "DSSM, federated, rows frozen", against="central"),
+    )
+    suite = Suite("Wide", entries, (wide,))
+    figures = {"bytes_up_a_visit": 123456.0, "bytes_down_a_visit": 234567.0, "seconds": 230.0}
+    runs = tuple(
+        Finished(name, seed, figures=figures | {"HR@10": at + at * 0.02 * seed**2, "NDCG@10": at / 2 + 0.011 * seed})
+        for name, at in (("central", 0.713), ("other", 0.421))
+        for seed in (1, 2)
+    )
+    shown = Console(width=80, record=True, file=io.StringIO())
+    shown.print(console_table(Results("wide", suite, quick=True, runs=runs, planned=4), wide))
+    text = shown.export_text()
+    assert "…" not in text
+    for figure in ("0.749 ± 0.030", " 0.716 ", "−0.307 ", "(p 0.018)", "123 kB", "235 kB", "3 min 50 s"):
+        assert figure in text, figure
+
+
+def test_a_source_of_several_is_named_once_and_whole_rounds_are_whole() -> None:
+    to_90 = Layout("To 90 %", (Column("accuracy", 0.9),))
+    entries = tuple(
+        Entry(name, "dssm-synthetic", published={"rounds to accuracy 0.9": rounds}, source="Somebody, 2020")
+        for name, rounds in (("small", 87.0), ("large", 12.5))
+    )
+    runs = (run_of("small", 1, 0.7, 10.25), run_of("large", 1, 0.8))
+    text = in_markdown(Results("x", Suite("X", entries, (to_90,)), quick=False, runs=runs, planned=2))
+    assert text.count("Somebody, 2020") == 1
+    assert re.findall(r"\| *(\S+) \| *(\S+) \|$", text, re.MULTILINE)[-2:] == [("10.2", "87"), ("never", "12.5")]
+
+
+def test_who_sends_nothing_makes_no_visits(tmp_path: Path) -> None:
+    log, columns = RunLog(tmp_path), [Column("bytes_up"), Column("bytes_up_a_visit")]
+    log.append("run_started", name="x", mode="standalone", seed=1, rounds=1)
+    log.append("round", round=1, loss=1.0, clients=4, bytes_up=0, bytes_down=0, seconds=0.5)
+    assert finished_run("x", 1, log.record(), columns, []).figures == {"bytes_up": 0}
 
 
 @pytest.mark.parametrize(
