@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from fedtower.core.chains import refuse_unfit
 from fedtower.core.checking import CheckSettings
@@ -21,6 +21,7 @@ from fedtower.core.settings import Part, build, plain, settings_of
 from fedtower.core.staleness import AsynchronousSettings
 
 __all__ = [
+    "AttackSection",
     "CheckSettings",
     "CheckpointSettings",
     "CohortSection",
@@ -105,6 +106,20 @@ class ServerSection:
 
 
 @dataclass(frozen=True)
+class AttackSection:
+    """What attackers do in a simulation, and how many there are."""
+
+    part: Part = field(metadata={"part": "name"})
+    share: float = field(
+        metadata={"help": "of all clients, drawn by the seed; 0: nobody, and the same figures are told"}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise RecipeError(f"attack.share must be at least 0 and below 1, not {self.share}")
+
+
+@dataclass(frozen=True)
 class EvaluationSettings:
     """How the model is judged."""
 
@@ -169,6 +184,7 @@ class Recipe:
     signer: str = "ed25519"
     checks: CheckSettings = field(default_factory=CheckSettings)
     asynchronous: AsynchronousSettings | None = None
+    attack: AttackSection | None = None
     standalone: StandaloneSettings = field(default_factory=StandaloneSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -199,6 +215,11 @@ class Recipe:
             )
         if not 0.0 < self.data.test_fraction < 1.0:
             raise RecipeError(f"data.test_fraction must be between 0 and 1, but is {self.data.test_fraction}")
+        if self.attack is not None and self.mode != "simulated":
+            raise RecipeError(
+                f'[attack] is for mode = "simulated", where attackers are made up, and this is mode = "{self.mode}": '
+                f"leave [attack] out"
+            )
 
     @property
     def planned(self) -> int:
@@ -214,6 +235,7 @@ class Recipe:
             ("runtime", "runtime", self.runtime),
             *((f"transforms.{i}", "transform", part) for i, part in enumerate(self.transforms)),
             ("aggregator", "aggregator", self.aggregator),
+            *([("attack", "attack", self.attack.part)] if self.attack else []),
             ("server", "server_optimizer", self.server.part),
             ("transport", "transport", self.transport),
             *([("deadline", "deadline", self.deadline)] if self.deadline else []),
@@ -323,10 +345,10 @@ def _sections() -> dict[str, NamedPart]:
     for name, hint in get_type_hints(Recipe).items():
         if hint in (Part, Part | None, tuple[Part, ...]):
             found[name] = NamedPart(several=hint == tuple[Part, ...])
-        elif is_dataclass(hint):
-            part = next((f for f in fields(hint) if "part" in f.metadata), None)
+        elif (section := next((each for each in (hint, *get_args(hint)) if is_dataclass(each)), None)) is not None:
+            part = next((f for f in fields(section) if "part" in f.metadata), None)
             if part is not None:
-                common = tuple(f.name for f in fields(hint) if f is not part)
+                common = tuple(f.name for f in fields(section) if f is not part)
                 found[name] = NamedPart(part.metadata["part"], common)
     return found
 
@@ -341,6 +363,7 @@ SECTION_OF = {
     "runtime": "runtime",
     "transform": "transforms",
     "aggregator": "aggregator",
+    "attack": "attack",
     "server_optimizer": "server",
     "transport": "transport",
     "deadline": "deadline",

@@ -266,7 +266,12 @@ def _finish(console: Console, folder: Path) -> None:
     if record.index is not None:
         console.print(f"index:  {index_in_words(record.index)}", soft_wrap=True)
     console.print(f"report: {report}", soft_wrap=True)
-    if record.started.get("mode") == "simulated":
+    if any(name.startswith("ER@") for name in record.headline):
+        console.print(
+            f"next:   fedtower run {folder / 'recipe.toml'} -o attack.share=0   (the same, and nobody attacks)",
+            soft_wrap=True,
+        )
+    elif record.started.get("mode") == "simulated":
         console.print(
             f"next:   fedtower run {folder / 'recipe.toml'} -o mode=standalone   (the same model, trained centrally)",
             soft_wrap=True,

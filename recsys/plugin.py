@@ -42,6 +42,13 @@ KINDS = (
         summary="finds the items that suit a user",
     ),
     Kind(
+        "attack",
+        seam="fedtower.recsys.attacks:Attack",
+        promises="fedtower.recsys.testing.attack:AttackPromises",
+        template="fedtower.recsys:scaffold/attack",
+        summary="what some clients of a simulation do to the others' model",
+    ),
+    Kind(
         "suite",
         seam="fedtower.recsys.suite:Suite",
         promises="fedtower.recsys.testing.suite:SuitePromises",

@@ -30,6 +30,7 @@ from fedtower.recsys.runlog import RunLog
 from fedtower.recsys.standalone import Standalone
 from fedtower.recsys.tasks import Histories, Ranking, make_task
 from fedtower.recsys.training import Arrays, Attached, Federated, Helper, OverDevices, Setting, Training
+from fedtower.recsys.under_attack import besieged
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
@@ -389,7 +390,10 @@ def _setting(
 ) -> Setting:
     draws = Draws(recipe.seed)
     data = registry.make("dataset", recipe.data.part, path="data").load(draws=draws, progress=progress)
-    return Setting(recipe, registry, make_task(data, recipe, draws), hooks, draws, time.monotonic, processes)
+    task = make_task(data, recipe, draws)
+    if recipe.attack is not None:
+        task = besieged(task, recipe.attack, registry, draws, hooks)
+    return Setting(recipe, registry, task, hooks, draws, time.monotonic, processes)
 
 
 def _training(setting: Setting) -> Training:

@@ -27,6 +27,8 @@ A suite is a TOML file that a plugin offers with ``registry.suite("mine", "my_pa
     [[plots]]
     title = "Accuracy over rounds"
     y = "accuracy"                # over rounds; or over a column, with x = "bytes_up"
+
+Where everything is run with everything, :mod:`fedtower.recsys.suite_grid` writes the entries and the tables.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from fedtower.core.offers import read_target
 from fedtower.core.recipe import Recipe, load_recipe
 from fedtower.core.registry import Registry
 from fedtower.core.settings import build
+from fedtower.recsys.suite_grid import expanded
 
 TOTALS: Mapping[str, str] = {
     "rounds": "rounds",
@@ -201,7 +204,7 @@ def load_suite(name: str, registry: Registry) -> Suite:
     """
     offer = registry.get("suite", name)
     try:
-        return build(Suite, tomllib.loads(read_target(offer)), path="")
+        return build(Suite, expanded(tomllib.loads(read_target(offer))), path="")
     except (tomllib.TOMLDecodeError, RecipeError) as error:
         raise RecipeError(f"the suite {offer.name} of {offer.origin} cannot be run: {error}") from error
 

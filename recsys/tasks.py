@@ -19,9 +19,11 @@ from fedtower.core.recipe import DataSection, Recipe
 from fedtower.core.runtime import Work
 from fedtower.core.settings import toml_value
 from fedtower.recsys import metrics
+from fedtower.recsys.attacks import Siege
 from fedtower.recsys.batches import SequenceData
 from fedtower.recsys.evaluation import Evaluation, ItemPop, Role, evaluate
 from fedtower.recsys.examples import ExampleCard, ExampleData, Examples, ExampleSet, batches_of
+from fedtower.recsys.exposure import exposure
 from fedtower.recsys.history import Moment
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.losses import check_labels
@@ -158,6 +160,7 @@ class Histories:
     draws: Draws
     split: Split
     public: Histories | None = None
+    siege: Siege | None = None
 
     @property
     def num_clients(self) -> int:
@@ -182,8 +185,9 @@ class Histories:
 
     @property
     def headline(self) -> tuple[str, ...]:
-        """The first list length's hit rate and gain."""
-        return tuple(f"{name}@{self.recipe.evaluation.k[0]}" for name in ("HR", "NDCG"))
+        """The first list length's hit rate and gain, and under an attack its exposure."""
+        names = ("HR", "NDCG") if self.siege is None else ("HR", "NDCG", "ER")
+        return tuple(f"{name}@{self.recipe.evaluation.k[0]}" for name in names)
 
     @property
     def has_validation(self) -> bool:
@@ -195,7 +199,7 @@ class Histories:
         """A batch is of many users."""
         return 0
 
-    def client_data(self) -> SequenceData:
+    def client_data(self) -> ClientData:
         """Stretches of histories.
 
         Raises:
@@ -205,7 +209,8 @@ class Histories:
             raise RecipeError(
                 "local.share is for labelled examples; of histories, local.steps says how much a visit is"
             )
-        return SequenceData(self.population, self.split, self.draws)
+        data = SequenceData(self.population, self.split, self.draws)
+        return data if self.siege is None else self.siege.data(data)
 
     def features(self, ids: IntArray) -> FloatArray:
         """The items' features."""
@@ -244,10 +249,16 @@ class Histories:
             yield "model", self._evaluate(scorer, "test", ranking)
 
     def _evaluate(self, scorer: ModelScorer | ItemPop, role: Role, ranking: Ranking | None) -> Evaluation:
-        settings = self.recipe.evaluation
+        settings, siege = self.recipe.evaluation, self.siege
         if ranking is not None:
             settings = replace(settings, protocol=ranking)
-        found = evaluate(scorer, self.population, self.split, role, settings, self.draws)
+        judges = None if siege is None else siege.honest(self.num_clients)
+        found = evaluate(scorer, self.population, self.split, role, settings, self.draws, judges)
+        if siege is not None and judges is not None:
+            about = (self.population, self.split, role, settings, judges, siege.market.promoted)
+            shown = exposure(scorer, *about)
+            label = f"{found.protocol_label}, honest users"
+            found = replace(found, metrics={**found.metrics, **shown}, protocol_label=label)
         tuned = settings.personal and self.recipe.mode == "simulated"
         return replace(found, protocol_label=f"{found.protocol_label}, models fine-tuned") if tuned else found
 

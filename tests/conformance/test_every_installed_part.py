@@ -11,6 +11,7 @@ REGISTRY = discover()
 
 HOW_MANY = {
     "aggregator": 8,
+    "attack": 4,
     "command": 19,
     "dataset": 6,
     "deadline": 2,
@@ -23,7 +24,7 @@ HOW_MANY = {
     "sampler": 2,
     "server_optimizer": 6,
     "signer": 1,
-    "suite": 4,
+    "suite": 5,
     "tracker": 3,
     "transform": 8,
     "transport": 3,

@@ -29,7 +29,9 @@ WHOLE = {"transport.dropout": 0.0, "cohort.size": 9}
 
 
 class OneIsBroken:
-    """Everybody's last parameter is not a number where the smallest client of a cohort is in the block."""
+    """The smallest client of a cohort sends a parameter that is not a number, in the next round a row that is not, and
+    then a row that is infinite.
+    """
 
     def __init__(self) -> None:
         self.first: dict[int, int] = {}
@@ -41,10 +43,15 @@ class OneIsBroken:
     @hookimpl(wrapper=True)
     def client_train(self, plan: Any, clients: IntArray) -> Generator[None, Any, Any]:
         updates, states = yield
+        broken = clients == self.first[plan.round]
         dense = {name: np.array(delta) for name, delta in updates.dense.items()}
-        last = list(dense)[-1]
-        dense[last][clients == self.first[plan.round]] = np.nan
-        return replace(updates, dense=dense), states
+        part = updates.rows["item"]
+        deltas = np.array(part.row_deltas)
+        if plan.round % 3 == 1:
+            dense[list(dense)[-1]][broken] = np.nan
+        else:
+            deltas[broken[part.owners]] = np.nan if plan.round % 3 == 2 else np.inf
+        return replace(updates, dense=dense, rows={"item": replace(part, row_deltas=deltas)}), states
 
 
 class OneIsTurnedAway(OneIsBroken):

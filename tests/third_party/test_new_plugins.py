@@ -48,7 +48,7 @@ def packages(
 
 
 def test_there_are_as_many_kinds_as_expected() -> None:
-    assert len(KINDS) == 18
+    assert len(KINDS) == 19
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,7 +85,7 @@ def test_a_run_uses_one_of_every_kind(packages: tuple[Environment, Path], tmp_pa
         *("-o", "model.name=my_model", "-o", "runtime.name=my_runtime", "-o", "transforms.0.name=my_transform"),
         *("-o", "cohort.name=my_sampler", "-o", "cohort.size=6", "-o", "aggregator.name=my_aggregator"),
         *("-o", "server.optimizer=my_server_optimizer", "-o", "transport.name=my_transport"),
-        *("-o", "deadline.name=my_deadline"),
+        *("-o", "deadline.name=my_deadline", "-o", "attack.name=my_attack", "-o", "attack.share=0.2"),
         *("-o", "trackers.0.name=my_tracker", "-o", "index.name=my_index"),
         folder=tmp_path,
     )

@@ -1,0 +1,1 @@
+"""Attacks: what some clients of a simulation do to the model of all the others."""
