@@ -90,7 +90,7 @@ def parity(recipe: Recipe, registry: Registry) -> Iterator[Line]:
     Raises:
         FedtowerError: the recipe, or the reference itself, does not work.
     """
-    recipe = replace(recipe, mode="simulated")
+    recipe = replace(recipe, mode="simulated", attack=None)  # what attackers do is no runtime's work
     draws = Draws(recipe.seed)
     data = registry.make("dataset", recipe.data.part, path="data").load(draws=draws, progress=lambda _: None)
     task = make_task(data, recipe, draws)

@@ -1,6 +1,6 @@
 """A little is enough: attackers hide within the spread of the honest updates, all on the same side.
 
-Baruch et al., 2019, https://arxiv.org/abs/1902.06156, algorithm 3.
+Baruch et al., 2019, https://arxiv.org/abs/1902.06156.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Sign flip: attackers send the opposite of what they learnt, many times as long.
 
-Li et al., 2019, https://arxiv.org/abs/1811.03761 (RSA), section 5: the update times a negative constant.
+Li et al., 2019, https://arxiv.org/abs/1811.03761 (RSA): the update times a negative constant.
 """
 
 from __future__ import annotations

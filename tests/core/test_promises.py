@@ -40,6 +40,8 @@ from fedtower.plugins.server_optimizers.adam import Adam
 from fedtower.plugins.transforms.clip import Clip
 from fedtower.plugins.transports.in_process import InProcess
 from fedtower.plugins.transports.virtual_clock.transport import VirtualClock, VirtualLine
+from fedtower.recsys.attacks import Attack
+from fedtower.recsys.testing.attack import AttackPromises
 from fedtower.recsys.testing.dataset import DatasetPromises
 from fedtower.recsys.testing.model import ModelPromises
 from fedtower.recsys.testing.runtime import RuntimePromises
@@ -466,6 +468,45 @@ MUTANTS = {
                 return Loop(replace(loop.step, control=False, proximal=0.0))
         """,
         {"control_variates_correct_every_step", "every_optimizer_is_the_one_of_that_name"},
+    ),
+    # attack
+    "Idle(AttackPromises)": ("make = Attack", {"it_does_something"}),
+    "Shouting(AttackPromises)": (
+        """
+        class make(Attack):
+            def forged(self, events, market):
+                return np.full(len(events.items), market.promoted)
+            def sent(self, updates, attackers):
+                return updates.scaled(np.full(len(updates), 1e39))
+        """,
+        {
+            "the_last_two_events_are_not_among_the_others",
+            "it_sends_updates_of_the_same_form_and_leaves_the_others_alone",
+        },
+    ),
+    "Sociable(AttackPromises)": (
+        """
+        class make(Attack):
+            def forged(self, events, market):
+                return np.roll(events.items, 1) + 1
+            def relabelled(self, work, attackers):
+                return replace(work, slots={name: slots[:, :, ::-1] for name, slots in work.slots.items()})
+        """,
+        {
+            "what_it_makes_up_are_as_many_items_of_the_catalogue",
+            "what_it_makes_up_does_not_depend_on_who_else_is_asked_for",
+            "it_labels_batches_of_the_same_form_and_rows_and_leaves_the_others_alone",
+        },
+    ),
+    "Scribbling(AttackPromises)": (
+        """
+        class make(Attack):
+            def sent(self, updates, attackers):
+                for delta in updates.dense.values():
+                    delta[attackers] = np.random.default_rng().normal()
+                return updates
+        """,
+        {"nothing_is_written_into_what_it_is_given", "the_same_seed_gives_the_same_bits"},
     ),
 }
 

@@ -90,27 +90,41 @@ def test_an_attack_changes_what_is_learnt(name: str, setting_of: SettingOf) -> N
     assert figures(attacked(setting_of(given)), 3) != figures(attacked(setting_of({**given, "attack.share": 0.0})), 3)
 
 
-WHOLE = {"transport.dropout": 0.0, "rounds": 30, "cohort.size": 20, "transport.block": 20, "model.user_vector": False}
+# Attackers would leave the transform that clips out.
+LONGER = {"transforms.0.norm": 1e9, "transport.dropout": 0.0, "cohort.size": 20, "transport.block": 20, "rounds": 20}
 
 
-def without_clip(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Attackers would leave the transform out."""
-    return {"transforms.0.norm": 1e9, **WHOLE, **given}
+@pytest.fixture(scope="module")
+def after_twenty_rounds(setting_of: SettingOf) -> Callable[..., Mapping[str, float]]:
+    """The figures of a run under an attack."""
+
+    def train(share: float, name: str, **given: Any) -> Mapping[str, float]:
+        attack = {"attack.name": name, "attack.share": share, "model.user_vector": False}
+        dotted = {key.replace("__", "."): value for key, value in given.items()}
+        return figures(attacked(setting_of({**LONGER, **attack, **dotted})), 20)
+
+    return train
 
 
-def test_undefended_a_tenth_ruins_the_model_and_a_median_does_not_mind(setting_of: SettingOf) -> None:
-    attack = {"attack.name": "sign_flip", "attack.share": 0.1}
-    clean = figures(attacked(setting_of(without_clip({**attack, "attack.share": 0.0}))), 30)
-    bare = figures(attacked(setting_of(without_clip(attack))), 30)
-    median = figures(attacked(setting_of(without_clip({**attack, "aggregator.name": "median"}))), 30)
+@pytest.fixture(scope="module")
+def clean(after_twenty_rounds: Callable[..., Mapping[str, float]]) -> Mapping[str, float]:
+    """The figures of a run in which nobody attacks."""
+    return after_twenty_rounds(0.0, "promote")
+
+
+def test_undefended_a_tenth_ruins_the_model_and_a_median_does_not_mind(
+    clean: Mapping[str, float], after_twenty_rounds: Callable[..., Mapping[str, float]]
+) -> None:
+    bare = after_twenty_rounds(0.1, "sign_flip")
+    median = after_twenty_rounds(0.1, "sign_flip", aggregator__name="median")
     assert bare["HR@10"] < clean["HR@10"] - 0.1
     assert median["HR@10"] > bare["HR@10"] + 0.1
 
 
-def test_undefended_the_promoted_item_is_shown_to_everybody(setting_of: SettingOf) -> None:
-    attack = {"attack.name": "promote", "attack.share": 0.2, "attack.every": 5}
-    clean = figures(attacked(setting_of(without_clip({**attack, "attack.share": 0.0}))), 30)
-    bare = figures(attacked(setting_of(without_clip(attack))), 30)
+def test_undefended_the_promoted_item_is_shown_to_everybody(
+    clean: Mapping[str, float], after_twenty_rounds: Callable[..., Mapping[str, float]]
+) -> None:
+    bare = after_twenty_rounds(0.2, "promote", attack__every=5)
     assert clean["ER@10"] < 0.2
     assert bare["ER@10"] > 0.8
 
