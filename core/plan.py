@@ -43,6 +43,25 @@ class LocalSettings:
         },
     )
     frozen: tuple[str, ...] = field(default=(), metadata={"help": "parameters of the tower that are not trained"})
+    on_device: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "FedPer: towers, or parameters of them, that each client keeps to itself, besides the model's own"
+        },
+    )
+    head_first: int = field(
+        default=0,
+        metadata={
+            "help": "FedRep: so many of a visit's epochs (or steps) come first and train what is on the device alone; "
+            "those after them train the rest alone. 0: all train both"
+        },
+    )
+    ditto: float | None = field(
+        default=None,
+        metadata={
+            "help": "Ditto's lambda: each client also trains copies of its own, pulled back by it; none: no copies"
+        },
+    )
     lr: float = field(default=1.0, metadata={"help": "learning rate of the towers on the device"})
     row_lr: float | None = field(
         default=None, metadata={"help": "learning rate of the fetched rows on the device; none: lr"}
@@ -79,10 +98,38 @@ class LocalSettings:
                 f"local.optimizer = {self.optimizer!r}, local.proximal = {self.proximal} and local.lr = {self.lr}; set "
                 f"local.optimizer = 'sgd', local.proximal = 0 and a positive rate, or leave local.control out"
             )
+        self._check_personal()
         if self.negatives < 1 and self.loss != "in_batch_softmax":
             raise RecipeError(
                 f"local.negatives must be at least 1 for the loss {self.loss!r}: positives alone teach nothing"
             )
+
+    def _check_personal(self) -> None:
+        whole, unit = (self.epochs, "epochs") if self.epochs else (self.steps, "steps")
+        if not 0 <= self.head_first < (whole or 1):
+            raise RecipeError(
+                f"local.head_first must be at least 0 and less than local.{unit} = {whole}, not {self.head_first}: "
+                f"others learn from what comes after the head"
+            )
+        if self.head_first and self.control != "none":
+            raise RecipeError(
+                f"local.head_first trains the shared part in some of a visit's steps, and local.control = "
+                f"{self.control!r} reckons with all of them; leave one of them out"
+            )
+        if self.ditto is None:
+            return
+        if not self.ditto >= 0:
+            raise RecipeError(f"local.ditto must be at least 0, not {self.ditto}: it pulls back")
+        for name, given in (
+            ("on_device", bool(self.on_device)),
+            ("head_first", bool(self.head_first)),
+            ("control", self.control != "none"),
+        ):
+            if given:
+                raise RecipeError(
+                    f"local.ditto trains a whole model of each client's own, beside a shared one of plain descent, and "
+                    f"cannot with local.{name}; leave one of them out"
+                )
 
     @property
     def rows_lr(self) -> float:

@@ -19,6 +19,7 @@ from fedtower.core.rows import RowIds, localise
 from fedtower.core.runtime import Work
 from fedtower.recsys.history import TRAIN, Events, Population, Split
 from fedtower.recsys.negatives import uniform_negatives
+from fedtower.recsys.phases import phased
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
@@ -34,8 +35,8 @@ class SequenceData:
     """The clients of a population as next-item batches: what a sequence model trains on.
 
     ``work()`` gives the inputs ``target`` (C, S, B), the slot at which a target stands, ``weight`` (C, S, B), 0 for
-    padding, and ``user`` (C, S, F); the slots ``history`` (C, S, T), oldest first, and ``negatives`` (C, S, N), both
-    of rows of ``item``.
+    padding, and ``user`` (C, S, F), and what :func:`~fedtower.recsys.phases.phased` adds; the slots ``history`` (C, S,
+    T), oldest first, and ``negatives`` (C, S, N), both of rows of ``item``.
     """
 
     population: Population
@@ -60,7 +61,7 @@ class SequenceData:
         where = where.reshape(*history.shape[:2], -1)
         weight = (target >= 0).astype(np.float32)
         user = self.population.user_features(clients)
-        return Work(
+        work = Work(
             clients=clients,
             steps=np.asarray((weight.sum(axis=2) > 0).sum(axis=1)),
             examples=weight.sum(axis=(1, 2)).astype(np.int64),
@@ -72,6 +73,7 @@ class SequenceData:
             slots={"history": where[..., : history.shape[2]], "negatives": where[..., history.shape[2] :]},
             row_ids={"item": needed},
         )
+        return phased(work, local)
 
     def _targets(self, seen: Events, plan: Plan) -> tuple[IntArray, IntArray]:
         """Which events are the targets of each step, (C, S, B), -1 for padding, and where its stretch starts, (C,

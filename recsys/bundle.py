@@ -35,6 +35,7 @@ _MOST_FILE_BYTES = 1 << 30
 _BAKED = (
     *("batch_size", "optimizer", "momentum", "beta1", "beta2", "eps"),
     *("proximal", "control", "frozen", "loss", "negatives"),
+    *("on_device", "head_first", "ditto"),
 )
 """What of a visit's settings is in the graph; the learning rates and the number of steps are not."""
 

@@ -19,6 +19,7 @@ from fedtower.core.errors import DataError
 from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.rows import localise
 from fedtower.core.runtime import Work
+from fedtower.recsys.phases import phased
 from fedtower.recsys.population import check_rows
 
 IntArray = NDArray[np.int64]
@@ -163,7 +164,7 @@ class ExampleData:
     where values are rare, as in clicks, meeting some twice and some never costs much of what can be learnt.
 
     ``work()`` gives the inputs ``dense`` (C, S, B, *shape), ``label`` and ``weight`` (C, S, B), 0 for padding, and,
-    where the data has categories, the slots ``category`` (C, S, B, F).
+    where the data has categories, the slots ``category`` (C, S, B, F); and :func:`~fedtower.recsys.phases.phased`.
     """
 
     examples: ExampleSet
@@ -172,7 +173,8 @@ class ExampleData:
     def work(self, plan: Plan, clients: IntArray) -> Work:
         """One visit of each client: its next examples, in an order of its own."""
         held = self.examples.examples(clients)
-        return batches_of(held, *self._places(held, plan.round, plan.local), bool(self.examples.cardinalities))
+        work = batches_of(held, *self._places(held, plan.round, plan.local), bool(self.examples.cardinalities))
+        return phased(work, plan.local)
 
     def _places(self, held: Examples, round: int, local: LocalSettings) -> tuple[IntArray, IntArray]:
         """Which example is at each place, (C, S, B), -1 for padding, and how many steps each client has, (C,)."""

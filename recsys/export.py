@@ -42,6 +42,7 @@ from fedtower.recsys.graph_cache import GraphCache
 from fedtower.recsys.graphs import ExportError, Traced, Visit, trace_forward, trace_step
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.models import Declared
+from fedtower.recsys.phases import HEAD
 from fedtower.recsys.tasks import Task
 
 Array = NDArray[Any]
@@ -133,7 +134,7 @@ def cached_bundle(
     registry = registry or discover()
     step, state = trace_step(model, local, visit)
     # What no graph holds is given with every plan: the rates and the number of steps are no part of it.
-    settled = replace(local, steps=1, epochs=None, share=1.0, lr=1.0, row_lr=None)
+    settled = replace(local, steps=1 + local.head_first, epochs=None, share=1.0, lr=1.0, row_lr=None)
     manifest = _manifest(Subject("cached", model, settled, visit), state, {"train": step})
     formats = _with_those_before(suffix, registry)
     cache, key = GraphCache(cache_folder() / "graphs"), f"{suffix}-{_key(step, manifest, formats, registry)}"
@@ -235,6 +236,8 @@ def _trial(graph: Traced, seed: int) -> list[Array]:
             value = rows[torch.arange(count) % _ROWS].reshape(port.shape)
         elif port.role == "parameter":
             value = example + 0.1 * torch.randn(example.shape, generator=generator)
+        elif port.name == HEAD:
+            value = torch.full_like(example, float(seed % 2))  # both phases of a visit
         else:
             value = example
         out.append(value.numpy())

@@ -25,6 +25,7 @@ from fedtower.core.runtime import Work
 from fedtower.recsys.bundle import Initial, Port, RowPort
 from fedtower.recsys.decompositions import OVERRIDES
 from fedtower.recsys.models import Declared, ExampleTower, SequenceTower
+from fedtower.recsys.phases import HEAD
 from fedtower.recsys.step import make_step, pure
 
 aten = torch.ops.aten
@@ -114,7 +115,7 @@ def trace_step(model: Declared, local: LocalSettings, visit: Visit) -> tuple[Tra
     Raises:
         ExportError: the step cannot be traced, or a state begins as nothing that a device can make.
     """
-    step = make_step(model.shared, local)
+    step = make_step(model.shared, local, model.on_device)
     parameters = {name: value.detach().clone() for name, value in model.shared.named_parameters()}
     state = step.init(parameters)
     data = visit.example(1)
@@ -214,6 +215,8 @@ def _range(model: Declared, name: str, work: Work, slots: Sequence[Port]) -> tup
         with torch.no_grad():
             logits = model.shared.logits(held, inputs)
         return 0, logits.shape[1] - 1 if logits.dim() == 2 else 1
+    if name == HEAD:
+        return 0, 1
     return (None, None) if work.inputs[name].dtype.kind == "f" else (0, None)
 
 

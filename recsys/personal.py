@@ -1,8 +1,9 @@
-"""Personal: the model as each client has it once it has trained on its own data again, and what that is worth.
+"""Personal: the model as each client has it for itself, and what that is worth.
 
 A federated model that is judged as it is sent out misses what a device makes of it before it uses it: parameters that
 live there, and shared ones and rows that it tunes for itself (fine-tuning: Cheng et al., 2021,
-https://arxiv.org/abs/2108.07313; personal item vectors: Zhang et al., 2023, https://www.ijcai.org/proceedings/2023/507).
+https://arxiv.org/abs/2108.07313; personal item vectors: Zhang et al., 2023, https://www.ijcai.org/proceedings/2023/507),
+or a copy of its own that it has trained all along (:mod:`fedtower.recsys.ditto`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from torch.func import vmap
 
 from fedtower.core.client import ClientSide
 from fedtower.core.plan import Plan
+from fedtower.recsys.ditto import own_view
 from fedtower.recsys.history import look_back
+from fedtower.recsys.learned import Learned
 from fedtower.recsys.scorer import TILE, ModelScorer
 from fedtower.recsys.step import pure
 
@@ -57,6 +60,18 @@ def tune(plan: Plan, client: ClientSide, clients: IntArray) -> Personal:
     (source, needed), *_ = work.row_ids.items()
     rows = work.rows[source] + updates.rows[source].row_deltas
     return Personal(clients, {**shared, **after}, needed.offsets, needed.ids, rows)
+
+
+def kept(learned: Learned, clients: IntArray) -> Personal:
+    """The models that ``clients`` keep beside the shared one (:mod:`fedtower.recsys.ditto`), as they are."""
+    copies = own_view({name: learned.store.read(name, clients) for name in learned.declared.on_device})
+    fixed = {
+        name: np.repeat(value[None], len(clients), axis=0)
+        for name, value in learned.parameters.items()
+        if name not in copies
+    }
+    none, width = np.zeros(len(clients) + 1, dtype=np.int64), learned.declared.cloud.width
+    return Personal(clients, {**fixed, **copies}, none, none[:0], np.zeros((0, width), dtype=np.float32))
 
 
 @dataclass(frozen=True)

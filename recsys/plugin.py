@@ -79,6 +79,7 @@ RECIPES = (
     ("dssm-ml-100k", "the two-tower recommender on MovieLens 100K"),
     ("dssm-ml-1m", "the two-tower recommender on MovieLens 1M, the NCF split"),
     ("pfedrec-ml-100k", "PFedRec on MovieLens 100K: a score function of each client's own, which stays on its device"),
+    ("pfedrec-ml-1m", "PFedRec on MovieLens 1M"),
     ("wide-deep-criteo", "Wide & Deep on Criteo's clicks, 100 silos"),
     ("dlrm-criteo", "DLRM on Criteo's clicks, 100 silos"),
     ("fedsgd-mnist-mlp", "handwritten digits by federated SGD: one step a round on all of each client's images"),

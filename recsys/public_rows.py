@@ -16,6 +16,7 @@ from fedtower.core.plan import LocalSettings, PublicSettings
 from fedtower.core.runtime import Work
 from fedtower.core.store import ClientStore
 from fedtower.recsys.central import common_rows, mean_loss
+from fedtower.recsys.ditto import PERSONAL
 from fedtower.recsys.models import Declared, array
 from fedtower.recsys.tables import CloudTables
 from fedtower.recsys.tasks import Labelled, Task
@@ -47,7 +48,8 @@ class PublicRows:
                 "public data trains the rows of the cloud's tables, and this model has none; leave out rows.train = "
                 '"public" and rows.public.warmup, or choose a model with tables'
             )
-        self._own = [name for name in declared.on_device if not is_variate(name)]  # no round, no drift
+        # There is no round, so there is no drift, and nothing that a copy would be pulled to.
+        self._own = [name for name in declared.on_device if not is_variate(name) and not name.startswith(PERSONAL)]
         if self._own and isinstance(task, Labelled):
             raise RecipeError(
                 f"the parameters {', '.join(self._own)} live on devices, one value for each client, but a "

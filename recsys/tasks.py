@@ -223,7 +223,7 @@ class Histories:
 
     def central(self, epoch: int, start: int = 0) -> Iterator[Work]:
         """Every user once, with one batch of targets each."""
-        local = replace(self.recipe.local, steps=1, epochs=None)
+        local = replace(self.recipe.local, steps=1, epochs=None, head_first=0)
         if local.loss == "in_batch_softmax":
             local = replace(local, negatives=1)  # the batch's other items are its negatives
         data, size = self.client_data(), self.recipe.standalone.users_per_batch
@@ -259,8 +259,10 @@ class Histories:
             shown = exposure(scorer, *about)
             label = f"{found.protocol_label}, honest users"
             found = replace(found, metrics={**found.metrics, **shown}, protocol_label=label)
-        tuned = settings.personal and self.recipe.mode == "simulated"
-        return replace(found, protocol_label=f"{found.protocol_label}, models fine-tuned") if tuned else found
+        if not settings.personal or self.recipe.mode != "simulated":
+            return found
+        whose = "models fine-tuned" if self.recipe.local.ditto is None else "each client's own model"
+        return replace(found, protocol_label=f"{found.protocol_label}, {whose}")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fedtower.core.aggregation import Aggregator, Instructed, Rooted
 from fedtower.core.asynchronous import run_async
 from fedtower.core.checkpoint import Attachments, grouped
 from fedtower.core.client import ClientSide, Preparing, VisitCosts
-from fedtower.core.control import without_variates
+from fedtower.core.control import is_variate, without_variates
 from fedtower.core.draws import Draws
 from fedtower.core.errors import CheckpointError, RecipeError
 from fedtower.core.hooks import Hooks
@@ -29,15 +29,17 @@ from fedtower.core.server import Schedule, ServerState
 from fedtower.core.store import ClientStore
 from fedtower.core.transport import OwnTime, Simulates
 from fedtower.recsys.controls import with_controls
+from fedtower.recsys.ditto import with_copies
 from fedtower.recsys.evaluation import Evaluation, Role
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.models import Declared
-from fedtower.recsys.personal import tune
+from fedtower.recsys.personal import kept, tune
+from fedtower.recsys.placed import placed
 from fedtower.recsys.processes import ALONE, Processes
 from fedtower.recsys.public_rows import PublicRows
 from fedtower.recsys.root_update import RootUpdate
 from fedtower.recsys.tables import CloudTables
-from fedtower.recsys.tasks import Histories, Task
+from fedtower.recsys.tasks import Histories, Labelled, Task
 
 FloatArray = NDArray[np.float32]
 Arrays = Mapping[str, NDArray[Any]]
@@ -146,6 +148,7 @@ def assemble(setting: Setting, *, row_lr: float | None = None, tower_lr: float |
     generator = torch.Generator().manual_seed(int(setting.draws.bits("initial parameters")) & 0x7FFFFFFFFFFFFFFF)
     declared: Declared = setting.registry.make("model", recipe.model, path="model").declare(task.schema, generator)
     if recipe.mode != "standalone":
+        declared = with_copies(placed(declared, recipe.local, task.schema), recipe.local)
         declared = with_controls(declared, recipe.local)
     tables = None
     if declared.tables:
@@ -189,6 +192,7 @@ class Federated:
         _refuse_personal(setting)
         self._setting = setting
         self._model = assemble_spread(setting)
+        _refuse_unjudged(setting, self._model.declared)
         self._public = _public_rows(setting, self._model)
         transforms = [make("transform", part, path=f"transforms.{i}") for i, part in enumerate(recipe.transforms)]
         optimizer = make("server_optimizer", recipe.server.part, path="server")
@@ -254,6 +258,8 @@ class Federated:
         learned = self._model.learned(self._state.parameters)
         if not self._setting.recipe.evaluation.personal:
             return learned
+        if self._setting.recipe.local.ditto is not None:
+            return replace(learned, tuned=partial(kept, learned))
         return replace(learned, tuned=partial(tune, make_plan(self._state, self._parts), self._parts.client))
 
     def snapshot(self) -> Arrays:
@@ -338,6 +344,17 @@ def _refuse_personal(setting: Setting) -> None:
         raise RecipeError(
             f"evaluation.personal = true needs held-out items of each client's own, and {setting.task.card.name!r} "
             f"holds examples out for all clients together; set it to false"
+        )
+
+
+def _refuse_unjudged(setting: Setting, declared: Declared) -> None:
+    """Raise RecipeError where models differ from client to client and what is held out belongs to none of them."""
+    own = [name for name in declared.on_device if not is_variate(name)]
+    if own and isinstance(setting.task, Labelled) and setting.recipe.mode == "simulated":
+        raise RecipeError(
+            f"each client would keep {', '.join(own)} to itself, and {setting.task.card.name!r} holds examples out for "
+            f"all clients together, so nobody could judge the models: leave local.on_device and local.ditto out, or "
+            f"choose a data set of histories"
         )
 
 

@@ -18,7 +18,9 @@ from fedtower.core.runtime import RuntimeFactory, Work
 from fedtower.core.testing.promises import Promises, Untouched, assert_close, assert_same_bits, not_promised
 from fedtower.core.updates import Updates
 from fedtower.recsys.controls import with_controls
+from fedtower.recsys.ditto import PERSONAL, with_copies
 from fedtower.recsys.models import Declared
+from fedtower.recsys.phases import HEAD, phased
 from fedtower.recsys.step import make_loss
 from fedtower.recsys.testing.examples import Case, cases
 
@@ -71,9 +73,21 @@ class RuntimePromises(Promises):
         assert variates
         self.agree(controlled, replace(plan, parameters={**plan.parameters, **variates}))
 
+    @pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+    def test_a_head_is_trained_first_and_then_the_rest(self, case: Case, optimizer: str) -> None:
+        if not case.model.on_device:
+            not_promised("this model has nothing on devices")
+        self.agree(case, case.plan(head_first=1, optimizer=optimizer), 1e-3)
+
+    @pytest.mark.parametrize("more", [{}, {"optimizer": "momentum", "proximal": 0.3}])
+    def test_personal_copies_are_pulled_to_what_was_sent(self, case: Case, more: Mapping[str, Any]) -> None:
+        local = LocalSettings(steps=1, ditto=0.5)
+        copied = replace(case, model=with_copies(replace(case.model, on_device=()), local))
+        self.agree(copied, copied.plan(ditto=0.5, **more))
+
     def agree(self, case: Case, plan: Plan, tolerance: float = 1e-4) -> None:
         """The runtime gives what the obvious loop gives."""
-        work = case.work()
+        work = phased(case.work(), plan.local)
         updates, states = self.train(case.model, plan, work)
         dense, rows, own, losses = _obvious(case.model, plan, work)
         assert_close(dict(updates.dense), dense, "dense", rtol=tolerance, atol=1e-6)
@@ -164,7 +178,10 @@ def _obvious(
         start |= {name: torch.tensor(value[client]) for name, value in work.states.items()}
         trained = [name for name in start if name not in local.frozen and not is_variate(name)]
         leaves = {name: value.clone().requires_grad_(name in trained) for name, value in start.items()}
-        optimizer = _optimizer([leaves[name] for name in trained], local)
+        parts = {False: trained}
+        if local.head_first:
+            parts = {head: [name for name in trained if (name in work.states) is head] for head in (True, False)}
+        optimizers = {head: _optimizer([leaves[name] for name in names], local) for head, names in parts.items()}
         held = {source: torch.tensor(_mine(work, source, client)) for source in work.rows}
         for at in range(int(work.steps[client])):
             tables = {source: rows.clone().requires_grad_() for source, rows in held.items()}
@@ -175,16 +192,26 @@ def _obvious(
             }
             inputs = {name: torch.tensor(value[client, at]) for name, value in work.inputs.items()}
             loss = loss_of(leaves, slots, inputs)
-            pull = sum(((leaves[name] - start[name]) ** 2).sum() for name in trained)
+            copies = [name for name in trained if name.startswith(PERSONAL)]
+            shared = [name for name in trained if name not in copies]
+            pull = sum(((leaves[name] - start[name]) ** 2).sum() for name in shared)
             drift = sum(
                 ((start.get(f"control.{name}", 0.0) - start[f"own_control.{name}"]) * leaves[name]).sum()
                 for name in trained
                 if f"own_control.{name}" in start
             )
-            optimizer.zero_grad()
-            (loss + 0.5 * local.proximal * pull + drift).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            row_lr = local.lr if local.row_lr is None else local.row_lr
+            objective = loss + 0.5 * local.proximal * pull + drift
+            if local.ditto is not None:
+                mine = {**leaves, **{name.removeprefix(PERSONAL): leaves[name] for name in copies}}
+                still = {name: value.detach() for name, value in slots.items()}
+                away = sum(((leaves[name] - start[name.removeprefix(PERSONAL)]) ** 2).sum() for name in copies)
+                objective = objective + loss_of(mine, still, inputs) + 0.5 * local.ditto * away
+            for leaf in leaves.values():
+                leaf.grad = None
+            objective.backward()  # type: ignore[no-untyped-call]
+            head = HEAD in inputs and bool(inputs[HEAD])
+            optimizers[head].step()
+            row_lr = 0.0 if head else local.lr if local.row_lr is None else local.row_lr
             held = {source: (table - row_lr * _gradient(table)).detach() for source, table in tables.items()}
             losses[client] += float(loss.detach()) / int(work.steps[client])
         for name in plan.parameters:

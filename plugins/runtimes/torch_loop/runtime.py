@@ -26,7 +26,7 @@ class TorchLoop:
 
     def open(self, model: Declared, local: LocalSettings) -> Loop:
         """The runtime for one model and one kind of visit."""
-        return Loop(make_step(model.shared, local))
+        return Loop(make_step(model.shared, local, model.on_device))
 
 
 @dataclass(frozen=True)

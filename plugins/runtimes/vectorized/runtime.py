@@ -79,7 +79,7 @@ class Vectorized:
             here = replace(self, workers=1, cluster="")
             return Crew(Cluster(self.cluster, self.workers, here, model, local).hire, self.workers)
         lanes = self.lanes or (COMPILED_LANES if self.compile else PLAIN_LANES)
-        cohort = Cohort(make_step(model.shared, local), lanes, self.compile)
+        cohort = Cohort(make_step(model.shared, local, model.on_device), lanes, self.compile)
         return cohort if self.workers == 1 else Crew(hired_by(cohort), self.workers)
 
 
