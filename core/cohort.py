@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,3 +60,26 @@ class Sampler(Protocol):
     def sample(self, round: int, population: int, draws: Draws) -> Cohort:
         """The cohort of ``round`` out of clients 0 .. population-1."""
         ...
+
+
+@runtime_checkable
+class Informed(Protocol):
+    """A sampler that has to know how many examples each client holds."""
+
+    def knowing(self, examples: IntArray) -> Sampler:
+        """What samples clients who hold so many ``examples`` (C,). Raises RecipeError where that cannot be."""
+        ...
+
+
+@runtime_checkable
+class TellsApart(Protocol):
+    """A sampler to which clients are not all alike."""
+
+    def among(self, clients: IntArray) -> Sampler:
+        """What samples these ``clients`` (n,) alone; they are numbered anew, from 0."""
+        ...
+
+
+def among(sampler: Sampler, clients: IntArray) -> Sampler:
+    """What samples ``clients`` (n,) alone, those who are there: any sampler to which all are alike."""
+    return sampler.among(clients) if isinstance(sampler, TellsApart) else sampler

@@ -301,9 +301,24 @@ def check(recipe: Recipe, registry: Registry) -> Recipe:
     whole = parse_recipe(values)
     if whole.cohort.asked is not whole.cohort.part:
         registry.make("sampler", whole.cohort.asked, path="cohort")
+    _refuse_weighing_twice(whole, registry)
     if whole.asynchronous is not None and whole.mode != "standalone":
         _check_asynchronous(whole, whole.asynchronous, registry)
     return whole
+
+
+def _refuse_weighing_twice(recipe: Recipe, registry: Registry) -> None:
+    """Raise RecipeError where clients are drawn by their examples and then weighed by them (capability ``weighs``)."""
+    if recipe.mode == "standalone" or not registry.get("sampler", recipe.cohort.part.name).capabilities.get("weighs"):
+        return
+    weights = recipe.aggregator.settings.get("weights")
+    if weights == "examples" or registry.get("aggregator", recipe.aggregator.name).capabilities.get("weighs"):
+        instead = 'aggregator.weights = "equal"' if weights else 'aggregator.name = "fedavg" with weights = "equal"'
+        raise RecipeError(
+            f"the sampler {recipe.cohort.part.name!r} draws clients by their examples and the aggregator "
+            f"{recipe.aggregator.name!r} weighs them by their examples, so that examples would count twice: set "
+            f"{instead}, or another cohort.name"
+        )
 
 
 def _check_asynchronous(recipe: Recipe, settings: AsynchronousSettings, registry: Registry) -> None:
@@ -329,6 +344,11 @@ def _check_asynchronous(recipe: Recipe, settings: AsynchronousSettings, registry
             raise RecipeError(
                 f"{path} is for rounds that wait, and [asynchronous] ones do not: leave it out. {instead}"
             )
+    if recipe.local.control != "none":
+        raise RecipeError(
+            f"local.control = {recipe.local.control!r} keeps the server's variates the mean of the clients' own, and "
+            f"[asynchronous] discounts what comes late while the client keeps the whole of it: leave one of them out"
+        )
     size = recipe.cohort.part.settings.get("size")
     if size is not None and settings.buffer > size:
         raise RecipeError(

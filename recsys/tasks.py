@@ -20,7 +20,7 @@ from fedtower.core.runtime import Work
 from fedtower.core.settings import toml_value
 from fedtower.recsys import metrics
 from fedtower.recsys.attacks import Siege
-from fedtower.recsys.batches import SequenceData
+from fedtower.recsys.batches import SequenceData, training_events
 from fedtower.recsys.evaluation import Evaluation, ItemPop, Role, evaluate
 from fedtower.recsys.examples import ExampleCard, ExampleData, Examples, ExampleSet, batches_of
 from fedtower.recsys.exposure import exposure
@@ -29,7 +29,7 @@ from fedtower.recsys.learned import Learned
 from fedtower.recsys.losses import check_labels
 from fedtower.recsys.models import ExampleSchema, Schema
 from fedtower.recsys.personal import PersonalScorer
-from fedtower.recsys.population import DataCard, Population
+from fedtower.recsys.population import DataCard, Population, blocks
 from fedtower.recsys.public import PartOfExamples, part_of, set_apart
 from fedtower.recsys.scorer import ModelScorer
 from fedtower.recsys.splits import Split, make_split
@@ -38,6 +38,8 @@ from fedtower.recsys.step import pure
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 Ranking = Literal["sampled", "full"]
+BLOCK = 4096
+"""Clients whose data is looked at together, to be counted."""
 
 
 class Task(Protocol):
@@ -75,6 +77,11 @@ class Task(Protocol):
 
     def client_data(self) -> ClientData:
         """The clients' data as work."""
+        ...
+
+    @property
+    def examples_held(self) -> IntArray:
+        """How many examples each client trains on in one epoch, (C,)."""
         ...
 
     def features(self, ids: IntArray) -> FloatArray:
@@ -212,6 +219,15 @@ class Histories:
         data = SequenceData(self.population, self.split, self.draws)
         return data if self.siege is None else self.siege.data(data)
 
+    @cached_property
+    def examples_held(self) -> IntArray:
+        """A target is every training event of a user but her first."""
+        held = []
+        for clients in blocks(self.num_clients, BLOCK):
+            events = self.population.events(clients)
+            held.append(training_events(events, self.split.parts(events).role).lengths)
+        return np.maximum(np.concatenate(held) - 1, 0)
+
     def features(self, ids: IntArray) -> FloatArray:
         """The items' features."""
         return self.population.item_features(ids)
@@ -317,6 +333,12 @@ class Labelled:
                 "mode = 'standalone'"
             )
         return ExampleData(self.examples, self.draws)
+
+    @cached_property
+    def examples_held(self) -> IntArray:
+        """Labelled examples."""
+        held = [self.examples.examples(clients).lengths for clients in blocks(self.num_clients, BLOCK)]
+        return np.concatenate(held)
 
     def features(self, ids: IntArray) -> FloatArray:
         """Categories have none."""

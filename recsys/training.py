@@ -17,6 +17,7 @@ from fedtower.core.aggregation import Aggregator, Instructed, Rooted
 from fedtower.core.asynchronous import run_async
 from fedtower.core.checkpoint import Attachments, grouped
 from fedtower.core.client import ClientSide, Preparing, VisitCosts
+from fedtower.core.cohort import Informed, Sampler
 from fedtower.core.control import is_variate, without_variates
 from fedtower.core.draws import Draws
 from fedtower.core.errors import CheckpointError, RecipeError
@@ -209,7 +210,7 @@ class Federated:
             draws=setting.draws,
             device_state=self._model.declared.on_device,
         )
-        sampler = make("sampler", recipe.cohort.asked, path="cohort")
+        sampler = _sampler_of(setting)
         transport = make("transport", recipe.transport, path="transport")
         if isinstance(transport, Simulates):
             sampler = transport = transport.over(VisitCosts(data, self._model.tables), sampler)
@@ -318,6 +319,22 @@ class Helper:
 def rounds_of(parts: Parts) -> Callable[[ServerState, Parts], Iterator[tuple[ServerState, RoundReport]]]:
     """How these parts train: in rounds that wait for a cohort, or in versions that wait for nobody."""
     return run_rounds if parts.asynchronous is None else run_async
+
+
+def _sampler_of(setting: Setting) -> Sampler:
+    """The recipe's sampler, told how many examples clients hold where it has to know. Raises RecipeError where nobody
+    can tell it.
+    """
+    recipe = setting.recipe
+    sampler: Sampler = setting.registry.make("sampler", recipe.cohort.asked, path="cohort")
+    if not isinstance(sampler, Informed):
+        return sampler
+    if recipe.mode == "deployed":
+        raise RecipeError(
+            f"cohort.name = {recipe.cohort.part.name!r} has to know how many examples each client holds, and nobody "
+            f"knows that of devices until they have sent an update: set cohort.name = 'uniform'"
+        )
+    return sampler.knowing(setting.task.examples_held)
 
 
 def _refuse_half(recipe: Recipe) -> None:

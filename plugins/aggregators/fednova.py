@@ -98,9 +98,11 @@ def reach_of(local: LocalSettings) -> Callable[[FloatArray], FloatArray]:
         RecipeError: an optimiser whose steps depend on more than the sum of its gradients.
     """
     pull, kept = local.lr * local.proximal, local.momentum if local.optimizer == "momentum" else 0.0
-    if local.optimizer not in ("sgd", "momentum") or (kept and pull) or pull >= 1 or local.control != "none":
+    refused = local.control != "none" or local.head_first > 0
+    if local.optimizer not in ("sgd", "momentum") or (kept and pull) or pull >= 1 or refused:
         what = f"local.optimizer = {local.optimizer!r}" + (f" with local.proximal = {local.proximal}" if pull else "")
         what += f" with local.control = {local.control!r}" if local.control != "none" else ""
+        what += f" with local.head_first = {local.head_first}" if local.head_first else ""
         raise RecipeError(
             f"aggregator 'fednova' divides an update by what its steps add up to, and for {what} it cannot tell that; "
             f"set local.optimizer = 'sgd' (with local.proximal below 1 / local.lr) or 'momentum', or aggregator.name = "
@@ -117,4 +119,5 @@ def fedtower_register(registry: Registry) -> None:
         "fednova",
         "fedtower.plugins.aggregators.fednova:FedNova",
         summary="the mean by the step, where clients take different numbers of them",
+        capabilities={"weighs": True},
     )

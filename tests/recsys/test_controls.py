@@ -188,6 +188,15 @@ def test_fednova_has_no_rule_for_it(tmp_path: Path) -> None:
         Federated(setting_of(tmp_path, "aggregator.name=fednova"))
 
 
+def test_rounds_that_wait_for_nobody_are_refused() -> None:
+    late = ["transport.name=virtual_clock", "asynchronous.buffer=2", "asynchronous.concurrency=3"]
+    for control in ("local.control=scaffold", "local.control=feddyn"):
+        more = ["local.proximal=0.1", "server.optimizer=feddyn"] if control.endswith("feddyn") else []
+        with pytest.raises(RecipeError, match="discounts what comes late while the client keeps the whole of it"):
+            load_recipe("fedsgd-mnist-mlp", [*SMALL, *late, *more, control], REGISTRY)
+    assert load_recipe("fedsgd-mnist-mlp", [*SMALL, *late, "local.control=none"], REGISTRY).asynchronous
+
+
 def test_centrally_there_is_no_drift(tmp_path: Path) -> None:
     setting = setting_of(tmp_path, "mode=standalone", "standalone.epochs=1")
     assert not [name for name in Standalone(setting).learned().parameters if "control" in name]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedtower.core.cohort import Cohort, IntArray, Sampler
+from fedtower.core.cohort import Cohort, IntArray, Sampler, among
 from fedtower.core.deadline import ARRIVED, State
 from fedtower.core.draws import Draws
 from fedtower.core.errors import DataError, RecipeError
@@ -118,7 +118,8 @@ class VirtualLine:
             if waited > 24 * HOUR:
                 raise DataError(f"nobody of {population} clients is there at any hour, say the traces")
         present = np.flatnonzero(there)
-        return Cohort(round, present[self.sampler.sample(round, len(present), draws).clients], population)
+        chosen = among(self.sampler, present).sample(round, len(present), draws)
+        return Cohort(round, present[chosen.clients], population)
 
     def exchange(
         self, plan: Plan, cohort: Cohort, visit: Visit, draws: Draws, deadline: float | None
