@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Literal, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fedtower.core.client import ClientData
@@ -25,6 +24,7 @@ from fedtower.recsys.evaluation import Evaluation, ItemPop, Role, evaluate
 from fedtower.recsys.examples import ExampleCard, ExampleData, Examples, ExampleSet, batches_of
 from fedtower.recsys.exposure import exposure
 from fedtower.recsys.history import Moment
+from fedtower.recsys.labels_told import by_own_classes, has_own, logits_of
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.losses import check_labels
 from fedtower.recsys.models import ExampleSchema, Schema
@@ -33,7 +33,6 @@ from fedtower.recsys.population import DataCard, Population, blocks
 from fedtower.recsys.public import PartOfExamples, part_of, set_apart
 from fedtower.recsys.scorer import ModelScorer
 from fedtower.recsys.splits import Split, make_split
-from fedtower.recsys.step import pure
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
@@ -364,7 +363,7 @@ class Labelled:
         return replace(held, clients=np.zeros(1, dtype=np.int64), offsets=np.array([0, len(held.labels)]))
 
     def judge(self, learned: Learned, role: Role, ranking: Ranking | None = None) -> Evaluation:
-        """Every held-out example's label told.
+        """Every held-out example's label told; by clients with models of their own, those of the classes they know.
 
         Raises:
             RecipeError: another protocol was asked for: there is nothing to rank.
@@ -373,8 +372,12 @@ class Labelled:
             raise RecipeError(
                 f"the protocol {ranking!r} ranks items, and this data holds labelled examples: leave --protocol out"
             )
+        size = self.recipe.evaluation.batch_size
+        if has_own(learned):
+            return by_own_classes(learned, self.examples, role, size)
         held = self.examples.held_out(role)
-        return self._figures(logits_of(learned, held, self.recipe.evaluation.batch_size), held.labels, role)
+        everything = np.arange(len(held.labels), dtype=np.int64)
+        return self._figures(logits_of(learned, learned.shared(), held, everything, size), held.labels, role)
 
     def final(self, learned: Learned) -> Iterator[tuple[str, Evaluation]]:
         """The model, beside what always says the training data's mean."""
@@ -391,20 +394,3 @@ class Labelled:
     def _figures(self, logits: NDArray[np.floating], labels: FloatArray, role: Role) -> Evaluation:
         figures = metrics.of_classes(logits, labels) if self.examples.num_classes else metrics.of_clicks(logits, labels)
         return Evaluation(role, "held-out examples", figures, cases=len(labels), users=0)
-
-
-def logits_of(learned: Learned, held: Examples, batch_size: int) -> FloatArray:
-    """The model's logits of every example, (E,) or (E, K), the same whatever the batch size."""
-    logits = pure(learned.declared.shared, "logits")
-    parameters = learned.shared()
-    out = []
-    with torch.no_grad():
-        for start in range(0, len(held.labels), batch_size):
-            part = slice(start, start + batch_size)
-            slots = {}
-            if held.categories.shape[1]:
-                ids, inverse = np.unique(held.categories[part], return_inverse=True)
-                slots = {"category": learned.fetch(ids)[torch.from_numpy(inverse.reshape(held.categories[part].shape))]}
-            inputs = {"dense": torch.from_numpy(held.dense[part]), "label": torch.from_numpy(held.labels[part])}
-            out.append(logits(parameters, slots, inputs).numpy())
-    return np.concatenate(out)

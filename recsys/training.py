@@ -357,7 +357,8 @@ def _refuse_personal(setting: Setting) -> None:
             'evaluation.personal = true is for mode = "simulated": devices judge the model that they are sent; set it '
             "to false"
         )
-    if not isinstance(setting.task, Histories):
+    copies = recipe.local.ditto is not None and isinstance(setting.task, Labelled)
+    if not isinstance(setting.task, Histories) and not copies:
         raise RecipeError(
             f"evaluation.personal = true needs held-out items of each client's own, and {setting.task.card.name!r} "
             f"holds examples out for all clients together; set it to false"
@@ -365,13 +366,16 @@ def _refuse_personal(setting: Setting) -> None:
 
 
 def _refuse_unjudged(setting: Setting, declared: Declared) -> None:
-    """Raise RecipeError where models differ from client to client and what is held out belongs to none of them."""
+    """Raise RecipeError where models differ from client to client and what is held out belongs to none of them: only of
+    classes can it be told which examples are like a client's own.
+    """
     own = [name for name in declared.on_device if not is_variate(name)]
-    if own and isinstance(setting.task, Labelled) and setting.recipe.mode == "simulated":
+    task = setting.task
+    if own and isinstance(task, Labelled) and setting.recipe.mode == "simulated" and not task.examples.num_classes:
         raise RecipeError(
-            f"each client would keep {', '.join(own)} to itself, and {setting.task.card.name!r} holds examples out for "
-            f"all clients together, so nobody could judge the models: leave local.on_device and local.ditto out, or "
-            f"choose a data set of histories"
+            f"each client would keep {', '.join(own)} to itself, and {task.card.name!r} holds examples out for all "
+            f"clients together, so nobody could judge the models: leave local.on_device and local.ditto out, or choose "
+            f"a data set of histories or of classes"
         )
 
 

@@ -21,17 +21,21 @@ from fedtower.core.recipe import load_recipe
 from fedtower.core.registry import discover
 from fedtower.core.runtime import Work
 from fedtower.core.testing.promises import assert_same_bits
+from fedtower.plugins.datasets.criteo import example as clicks
 from fedtower.plugins.datasets.mnist import example as digits
-from fedtower.recsys.models import Declared, Schema
+from fedtower.recsys.ditto import own_view
+from fedtower.recsys.models import Declared, ExampleTower, Schema
 from fedtower.recsys.phases import HEAD, phased
 from fedtower.recsys.placed import placed
 from fedtower.recsys.scorer import ModelScorer
-from fedtower.recsys.tasks import Histories, make_task
+from fedtower.recsys.step import pure
+from fedtower.recsys.tasks import Histories, Labelled, make_task
 from fedtower.recsys.testing.examples import CLICKS, SCHEMA, MeanUser, cases
 from fedtower.recsys.testing.states import everything
 from fedtower.recsys.training import Federated, Setting
 
 SettingOf = Callable[..., Setting]
+REGISTRY = discover()
 PLAIN = {"model.user_vector": False, "transforms": [], "transport.dropout": 0.0}
 HEADED = {**PLAIN, "local.on_device": ["second"]}
 HEAD_NAMES = ("second.weight", "second.bias")
@@ -207,12 +211,45 @@ def test_control_variates_do_not_go_with_phases() -> None:
         LocalSettings(steps=2, head_first=1, control="scaffold")
 
 
+def digits_of(folder: Path, *more: str) -> Setting:
+    given = [f"data.path={digits.write(folder)['path']!r}", "data.clients=6", "data.validation_images=30"]
+    small = ["data.partition=shards", "model.hidden=[8]", "local.batch_size=12", "cohort.size=6", "local.lr=0.2"]
+    recipe = load_recipe("fedavg-mnist-mlp", [*given, *small, "runtime.name=torch_loop", *more], REGISTRY)
+    draws = Draws(recipe.seed)
+    images = REGISTRY.make("dataset", recipe.data.part).load(draws=draws, progress=lambda message: None)
+    return Setting(recipe, REGISTRY, make_task(images, recipe, draws), Hooks.none(), draws, time.monotonic)
+
+
+@pytest.mark.parametrize("more", [["local.on_device=['out']"], ["local.ditto=0.1", "evaluation.personal=true"]])
+def test_where_examples_are_nobody_s_a_client_is_judged_on_the_classes_that_it_has(
+    tmp_path: Path, more: list[str]
+) -> None:
+    training = rounds_of(Federated(digits_of(tmp_path, *more)), 2)
+    task, learned = training._setting.task, training.learned()
+    assert isinstance(task, Labelled)
+    found = task.judge(learned, "validation")
+    held, figures = task.examples.held_out("validation"), []
+    tower = learned.declared.shared
+    assert isinstance(tower, ExampleTower)
+    for client in range(6):
+        own = {name: value[0] for name, value in learned.own(np.array([client])).items()}
+        model = {**learned.shared(), **own_view(own)} if "personal.out.bias" in own else {**learned.shared(), **own}
+        mine = task.examples.examples(np.array([client])).labels
+        right: dict[int, list[bool]] = {}
+        for label, image in zip(held.labels.tolist(), held.dense, strict=True):
+            with torch.no_grad():
+                logits = pure(tower, "logits")(model, {}, {"dense": torch.from_numpy(image[None])})
+            right.setdefault(label, []).append(int(logits.argmax()) == label)
+        known = [label for label in mine.tolist() if label in right]
+        figures.append(np.mean([np.mean(right[label]) for label in known]))
+    assert found.metrics["accuracy"] == pytest.approx(np.mean(figures))
+    assert (found.protocol_label, found.users) == ("held-out examples of each client's classes", 6)
+
+
 def test_models_that_nobody_could_judge_are_refused(tmp_path: Path) -> None:
-    given = [f"data.path={digits.write(tmp_path)['path']!r}", "data.clients=6", "data.validation_images=30"]
-    registry = discover()
-    for more in ("local.on_device=['out']", "local.ditto=0.1"):
-        recipe = load_recipe("fedavg-mnist-mlp", [*given, more], registry)
-        draws = Draws(recipe.seed)
-        images = registry.make("dataset", recipe.data.part).load(draws=draws, progress=lambda message: None)
-        with pytest.raises(RecipeError, match="holds examples out for all clients together"):
-            Federated(Setting(recipe, registry, make_task(images, recipe, draws), Hooks.none(), draws, time.monotonic))
+    given = [*(f"data.{name}={value!r}" for name, value in clicks.write(tmp_path).items()), "local.on_device=['wide']"]
+    recipe = load_recipe("wide-deep-criteo", [each.replace("True", "true") for each in given], REGISTRY)
+    draws = Draws(recipe.seed)
+    rows = REGISTRY.make("dataset", recipe.data.part).load(draws=draws, progress=lambda message: None)
+    with pytest.raises(RecipeError, match=r"wide\.bias to itself, and .* holds examples out for all clients together"):
+        Federated(Setting(recipe, REGISTRY, make_task(rows, recipe, draws), Hooks.none(), draws, time.monotonic))
