@@ -373,7 +373,7 @@ class Labelled:
                 f"the protocol {ranking!r} ranks items, and this data holds labelled examples: leave --protocol out"
             )
         size = self.recipe.evaluation.batch_size
-        if has_own(learned):
+        if self.examples.num_classes and has_own(learned):
             return by_own_classes(learned, self.examples, role, size)
         held = self.examples.held_out(role)
         everything = np.arange(len(held.labels), dtype=np.int64)
