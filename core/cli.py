@@ -16,6 +16,7 @@ import click
 
 from fedtower.core.discovery import Gate, split_names
 from fedtower.core.errors import DISK_ERRORS, FedtowerError, MissingDependency, PluginError, StorageError, nearest
+from fedtower.core.garbage import begin_program
 from fedtower.core.offers import HOST, how_to_install
 from fedtower.core.registry import Registry, discover
 
@@ -118,6 +119,7 @@ def fedtower(ctx: click.Context, debug: bool, plugins_allow: Sequence[str], plug
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command line and exit with its code."""
+    begin_program()
     sys.exit(call(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -8,6 +8,7 @@ from importlib import import_module, metadata, resources
 from typing import Any, Protocol
 
 from fedtower.core.errors import FedtowerError, MissingDependency, PluginError, nearest
+from fedtower.core.garbage import undisturbed
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def load_target(offer: Offer) -> Any:
     """
     module_name, _, attribute = offer.target.partition(":")
     try:
-        module = import_module(module_name)
+        with undisturbed():
+            module = import_module(module_name)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if not missing or missing == module_name.partition(".")[0]:

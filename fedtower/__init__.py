@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fedtower.core.garbage import undisturbed
+
 if TYPE_CHECKING:
     from fedtower.core.recipe import load_recipe
     from fedtower.recsys.run import Run, load, resume, run
@@ -23,7 +25,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
-    value = getattr(import_module(_HOMES[name]), name)
+    with undisturbed():
+        value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

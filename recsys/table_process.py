@@ -16,12 +16,12 @@ from rich.console import Console
 
 from fedtower.core.cohort import Cohort
 from fedtower.core.errors import FedtowerError
+from fedtower.core.garbage import begin_program, undisturbed
 from fedtower.core.hooks import hookimpl
 from fedtower.core.round import RoundReport
 from fedtower.recsys.display import Display
 from fedtower.recsys.evaluation import Evaluation
 from fedtower.recsys.process_log import ProcessLog
-from fedtower.recsys.run import train_deployed
 from fedtower.recsys.tether import end_with_starter
 
 _MOST_CLIENTS = 100  # of whom a line says that they dropped out
@@ -94,6 +94,9 @@ def _train(folder: Path, log: ProcessLog, *, verbose: bool) -> int:
     """Train; what goes wrong is said to people, and written down."""
     try:
         with Display(Console(highlight=False), verbose=verbose) as display:
+            begin_program()
+            with undisturbed():  # it brings torch and the tables
+                from fedtower.recsys.run import train_deployed
             train_deployed(folder, observers=[display, Logged(log)], progress=display.say)
     except FedtowerError as error:
         log.write("failed", level=logging.ERROR, message=str(error), exit_code=error.exit_code)

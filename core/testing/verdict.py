@@ -15,6 +15,14 @@ from xml.etree import ElementTree
 from fedtower.core.errors import MissingDependency, PluginError
 from fedtower.core.testing.promises import NOT_MADE
 
+_PROMISES = """
+from fedtower.core.garbage import begin_program
+from fedtower.core.testing.offered import promised, promised_hooks
+
+begin_program()
+TestPromises = {}
+"""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -57,9 +65,7 @@ def judge(claim: Claim, blocked: Iterable[str] = ()) -> list[Verdict]:
     with TemporaryDirectory(prefix="fedtower-check-") as name:
         folder = Path(name)
         (folder / "pytest.ini").write_text("[pytest]\n")
-        (folder / "test_promises.py").write_text(
-            f"from fedtower.core.testing.offered import promised, promised_hooks\n\nTestPromises = {claim.expression}\n"
-        )
+        (folder / "test_promises.py").write_text(_PROMISES.format(claim.expression))
         result = folder / "result.xml"
         done = subprocess.run(
             [
