@@ -188,13 +188,10 @@ def serve(
     intakes: int = 1,
     tether: int | None = None,
     verbose: bool = False,
-    linger_seconds: float = 5.0,
     said: Callable[[str], None] = lambda message: None,
 ) -> int:
     """Keep the processes running until the last round is done; the exit code. There may be several ``intakes``, which
     share the port; devices are dealt out to them as they connect. All end when what holds the ``tether`` has ended.
-
-    Afterwards the intakes stay for ``linger_seconds``, so that devices that call learn that it is over.
 
     Raises:
         ServingError: a process cannot be kept running, or the port is another's.
@@ -211,7 +208,6 @@ def serve(
     try:
         _keep(public, table, folder, log, _both(said, log))
         log.write("finished")
-        time.sleep(linger_seconds)
         return 0
     except ServingError as error:
         log.write("failed", level=logging.ERROR, message=str(error))

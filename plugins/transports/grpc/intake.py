@@ -165,6 +165,7 @@ class Intake:
         """A lease, or that it is over; nothing if there is nothing to do."""
         finished = self.finished()
         if finished:
+            self.presence.left(caller.client)
             return pb.CheckInReply(finished=pb.Finished(reason=finished))
         if self.draining:
             pause = pb.ComeBack(seconds=self._pause(), reason="this server is about to stop")
@@ -296,6 +297,15 @@ class Intake:
         while self.uploads and asyncio.get_running_loop().time() < until:
             await asyncio.sleep(0.02)
         return not self.uploads
+
+    async def tell_all(self, seconds: float) -> bool:
+        """Wait until all who are there have called and were told that it is over; whether they were in ``seconds``."""
+        until = asyncio.get_running_loop().time() + seconds
+        while self.presence.awaits(self.limits.presence_seconds):
+            if asyncio.get_running_loop().time() >= until:
+                return False
+            await asyncio.sleep(0.02)
+        return True
 
     async def _submitted(self, caller: Caller, parts: AsyncIterator[bytes]) -> pb.SubmitReply:
         header = await self._header(caller, parts)

@@ -33,6 +33,15 @@ class Presence:
         """A client has called."""
         self._seen[client] = self.clock().seconds
 
+    def left(self, client: int) -> None:
+        """A client has been told that it is over: it calls no more."""
+        self._seen.pop(client, None)
+
+    def awaits(self, within_seconds: float) -> bool:
+        """Whether anybody is there who called within so many seconds, and has not left."""
+        now = self.clock().seconds
+        return any(now - at <= within_seconds for at in self._seen.values())
+
     def write(self, *, within_seconds: float) -> None:
         """Write the clients down that called within so many seconds; not more often than every half second."""
         now = self.clock()

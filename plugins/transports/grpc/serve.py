@@ -1,7 +1,8 @@
 """The intake's process: ``python -m fedtower.plugins.transports.grpc.serve CONFIG.json``.
 
 It serves the public port until it is told to stop (SIGTERM). Then it *drains*: it gives out no more tasks, says so to
-balancers, and ends when the uploads that are on their way are acknowledged, or after ten seconds.
+balancers, and ends when the uploads that are on their way are acknowledged, or after ten seconds. After the last round
+it stays until all devices that are there have been told that it is over, for five seconds at most.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from fedtower.recsys.status import Watched
 from fedtower.recsys.tether import end_with_starter
 
 DRAIN_SECONDS = 10.0
+LINGER_SECONDS = 5.0  # after the last round, for devices that are there and have not been told
 # The journal's threads have little to do in Python between two system calls, and after each of them they would wait for
 # the interpreter as long as Python's own 5 ms while the loop is busy.
 SWITCH_SECONDS = 0.0005
@@ -115,12 +117,13 @@ async def serve(config: dict[str, Any], registry: Registry) -> None:
     seconds = float(config.get("drain_seconds", DRAIN_SECONDS))
     until = time.monotonic() + seconds
     is_whole = await intake.drain(seconds)
+    told = {"all_told": await intake.tell_all(min(LINGER_SECONDS, seconds))} if intake.finished() else {}
     await server.stop(max(until - time.monotonic(), 0.5))  # no new calls; those that run may end
     for task in looking:
         task.cancel()
     await asyncio.wait(looking)
     bell.close()
-    log.write("stopped", all_uploads_came=is_whole)
+    log.write("stopped", all_uploads_came=is_whole, **told)
     if web is not None:
         web.close()
     await channel.close()

@@ -270,6 +270,28 @@ def test_an_upload_that_hangs_holds_it_up_no_longer_than_it_may(child: Child, wi
     assert ended
 
 
+def test_after_the_last_round_it_stays_until_those_who_are_there_have_been_told(child: Child) -> None:
+    for client in (0, 1):
+        assert child.check_in(client).WhichOneof("outcome") == "come_back"
+    (child.folder / "finished").write_text("all rounds are done")
+    assert child.check_in(1).finished.reason == "all rounds are done"
+    child.process.send_signal(signal.SIGTERM)
+    soon(lambda: child.lines("draining"), child)
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.process.wait(0.5)
+    assert child.check_in(0).finished.reason == "all rounds are done"
+    assert child.process.wait(20.0) == 0
+    assert child.lines("stopped")[0]["all_told"] is True
+
+
+def test_a_device_that_never_comes_back_holds_up_the_end_no_longer_than_it_may(child: Child) -> None:
+    child.check_in(0)
+    (child.folder / "finished").write_text("all rounds are done")
+    child.process.send_signal(signal.SIGTERM)
+    assert child.process.wait(20.0) == 0
+    assert child.lines("stopped")[0]["all_told"] is False
+
+
 def test_health_says_what_is_wrong_and_when_it_is_well_again(child: Child) -> None:
     def reasons() -> dict[str, str]:
         status, told, _ = child.get("/health")
