@@ -47,6 +47,7 @@ class Place:
     certificate: Path | None = None
     key: Path | None = None
     insecure: bool = False
+    longest_pause: float = BackOff.most_seconds
 
     @contextmanager
     def channel(self) -> Iterator[grpc.Channel]:
@@ -60,7 +61,7 @@ class Place:
             ("grpc.use_local_subchannel_pool", 1),  # each channel is a connection of its own
             # As a device's own calls: the line waits no longer to come back than they do.
             ("grpc.initial_reconnect_backoff_ms", 200),
-            ("grpc.max_reconnect_backoff_ms", 30_000),
+            ("grpc.max_reconnect_backoff_ms", round(1e3 * self.longest_pause)),
         ]
         tls = None if self.authority is None else DeviceTls(self.authority, self.certificate, self.key)
         refuse_contradiction(tls, self.address, insecure=self.insecure)

@@ -38,6 +38,13 @@ _SHARED = (
     click.option("--signer", default="ed25519", show_default=True, help="What plans are signed with."),
     click.option("--cache-mb", default=256, show_default=True, type=click.IntRange(min=1), help="Of what is fetched."),
     click.option("--patience", default=300.0, show_default=True, help="Seconds without an answer before it gives up."),
+    click.option(
+        "--longest-pause",
+        default=30.0,
+        show_default=True,
+        type=click.FloatRange(min=0.2),
+        help="Seconds between two tries to reach a server that does not answer, at most.",
+    ),
     click.option("--tasks", type=click.IntRange(min=1), help="End after so many tasks; default: with the federation."),
     click.option("--insecure", is_flag=True, help="Plaintext; to a loopback address only."),
     click.option("--json", "as_json", is_flag=True, help="JSON lines, for programs."),
@@ -196,6 +203,7 @@ def _maker(
     signer: str,
     cache_mb: int,
     patience: float,
+    longest_pause: float,
     insecure: bool,
     certificate: Path | None = None,
     key: Path | None = None,
@@ -203,7 +211,8 @@ def _maker(
     """Makes devices that differ in what they hold."""
     module, _, name = str(registry.get("signer", signer).capabilities["verifier"]).partition(":")
     verifier = build(getattr(import_module(module), name), {"pinned": [str(keys / "signing.pub")]}, path="--keys")
-    place = Place(server, None if insecure else keys / "authority.pem", certificate, key, insecure)
+    authority = None if insecure else keys / "authority.pem"
+    place = Place(server, authority, certificate, key, insecure, longest_pause)
     engines = Engines(format_of(registry.get("runtime", runtime)))
 
     def make(data: Path, folder: Path, code: str | None, said: Said) -> Device:
@@ -217,7 +226,7 @@ def _maker(
             engines=engines,
             code=code,
             cache_bytes=cache_mb << 20,
-            back_off=BackOff(give_up_seconds=patience),
+            back_off=BackOff(most_seconds=longest_pause, give_up_seconds=patience),
             said=said,
         )
 

@@ -20,6 +20,9 @@ from fedtower.core.errors import CheckpointError
 from fedtower.recsys.run_folder import RunFolder
 from fedtower.recsys.runlog import RunLog
 
+# Servers are killed again and again here: devices shall not wait ever longer for the next one.
+PATIENT = ("--patience", "120", "--longest-pause", "2")
+
 Found = TypeVar("Found")
 Settings = Mapping[str, Any]
 
@@ -151,7 +154,7 @@ class Served:
 
     def _device(self, log: str, command: str, *arguments: str) -> subprocess.Popen[bytes]:
         server, keys = f"127.0.0.1:{self.port}", str(self.ground.folder / "keys")
-        return self._start(log, command, "--server", server, "--keys", keys, "--json", "--patience", "120", *arguments)
+        return self._start(log, command, "--server", server, "--keys", keys, "--json", *PATIENT, *arguments)
 
     def _start(self, log: str, *arguments: str) -> subprocess.Popen[bytes]:
         self._logs.append((self.ground.folder / f"{self.name}-{log}.log").open("w"))

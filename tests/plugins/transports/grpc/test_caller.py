@@ -12,11 +12,16 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from click import BadParameter
 
 from fedtower.core.errors import StorageError, Unreachable
+from fedtower.core.registry import discover
+from fedtower.plugins.signers.ed25519.signer import make_key
 from fedtower.plugins.transports.grpc.artefacts import Artefact
 from fedtower.plugins.transports.grpc.cache import ArtefactCache
 from fedtower.plugins.transports.grpc.caller import BackOff, Caller, Later, Over
+from fedtower.plugins.transports.grpc.device_command import _maker
+from fedtower.plugins.transports.grpc.device_command import device as device_command
 from fedtower.plugins.transports.grpc.plans import RowSource
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
 from fedtower.plugins.transports.grpc.remote import RemoteRows
@@ -274,6 +279,17 @@ def test_back_off_doubles_up_to_a_limit() -> None:
 
     waits = BackOff(1.0, 5.0).waits(Most())
     assert [next(waits) for _ in range(5)] == [1.0, 2.0, 4.0, 5.0, 5.0]
+
+
+def test_the_longest_pause_is_the_command_lines(tmp_path: Path) -> None:
+    make_key(tmp_path / "signing.pem", tmp_path / "signing.pub")
+    given = {"server": "127.0.0.1:1", "keys": tmp_path, "runtime": "mnn", "signer": "ed25519", "insecure": True}
+    made = _maker(discover(), **given, cache_mb=1, patience=9.0, longest_pause=1.5)
+    device = made(tmp_path / "shard", tmp_path / "kept", None, lambda word, values: None)
+    assert device.back_off == BackOff(0.2, 1.5, 9.0)
+    assert device.place.longest_pause == 1.5
+    with pytest.raises(BadParameter, match=r"0\.1 is not in the range"):
+        device_command.make_context("device", ["--server", "a:1", "--data", "b", "--longest-pause", "0.1"])
 
 
 def test_small_artefacts_come_together_as_far_as_they_come(caller: Caller, tmp_path: Path, server: Server) -> None:

@@ -45,6 +45,7 @@ class Trial:
     quorum: float
     deadline_seconds: float
     away_seconds: float
+    patience_seconds: float  # of who comes back when all is over
     seconds: float
 
     @property
@@ -138,7 +139,7 @@ def run(trial: Trial, place: Path) -> Seen:
             "--seed",
             "6",
             "--patience",
-            "20",
+            str(trial.patience_seconds),
             "--json",
             "--keys",
             str(keys),
@@ -224,6 +225,7 @@ SMALL = Trial(
     quorum=0.8,
     deadline_seconds=4.0,
     away_seconds=3.0,
+    patience_seconds=6.0,
     seconds=180.0,
 )
 
@@ -247,6 +249,7 @@ def test_a_thousand_devices_vanish_and_every_round_ends_by_its_deadline(
         quorum=0.95,
         deadline_seconds=12.0,
         away_seconds=20.0,
+        patience_seconds=20.0,
         seconds=3000.0,
     )
     result = run(trial, tmp_path)
