@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -131,7 +132,7 @@ def cached_bundle(
     Raises:
         ExportError: see :func:`export_model`.
     """
-    registry = registry or discover()
+    registry = registry or _plugins()
     step, state = trace_step(model, local, visit)
     # What no graph holds is given with every plan: the rates and the number of steps are no part of it.
     settled = replace(local, steps=1 + local.head_first, epochs=None, share=1.0, lr=1.0, row_lr=None)
@@ -167,6 +168,12 @@ def write_graphs(
             finally:
                 opened.engine.close()
     return checks
+
+
+@functools.cache
+def _plugins() -> Registry:
+    """All installed plugins, looked for once: a simulation of many visits asks for as many graphs."""
+    return discover()
 
 
 def engine_of(suffix: str, registry: Registry) -> Format:

@@ -110,9 +110,11 @@ class RuntimePromises(Promises):
 
     def test_who_else_is_in_the_block_does_not_matter(self, case: Case) -> None:
         plan, work = case.plan(), case.work()
-        together, states = self.train(case.model, plan, work)
+        factory: RuntimeFactory = self.made()
+        opened = factory.open(case.model, plan.local)
+        together, states = opened.train(plan, work)
         for place in range(len(work)):
-            alone, own = self.train(case.model, plan, _one(work, place))
+            alone, own = opened.train(plan, _one(work, place))
             assert_close(alone, together.slice(place, place + 1), f"client {place}", rtol=1e-4)
             assert_close(dict(own), {name: value[place : place + 1] for name, value in states.items()}, rtol=1e-4)
 
