@@ -1,5 +1,6 @@
 """What tests of every room share: the public data sets, a place for runs, and a browser."""
 
+import gc
 import os
 import shutil
 import signal
@@ -15,6 +16,31 @@ if TYPE_CHECKING:
 # What a shell starts in the background ignores SIGINT, and so would all children: tests that interrupt them could not.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Each takes half a minute or more: none shall be left for last, when one worker would wait for another.
+LONG = (
+    "plugins/transports/grpc/test_kills.py",
+    "third_party/test_new_plugins.py",
+    "plugins/transports/grpc/test_status_page.py",
+    "plugins/transports/grpc/test_vanishing.py",
+    "plugins/transports/grpc/test_asynchronous_federation.py",
+    "plugins/transports/grpc/test_federation.py",
+    "recsys/test_bench.py",
+    "recsys/test_processes.py",
+    "third_party/test_other_peoples_packages.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long modules first; within a module, and among the others, the order stays."""
+    here = Path(__file__).parent
+    place = {here / name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: garbage is not looked for there any more."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
