@@ -34,6 +34,9 @@ class RateSettings:
         for name, value in vars(self).items():
             if not 0 < value < float("inf"):
                 raise RecipeError(f"{name} must be above 0, not {value}")
+        for name in ("calls_burst", "refusals_burst"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} must be at least 1, not {getattr(self, name)}: no call would ever be let in")
 
 
 class Bucket:

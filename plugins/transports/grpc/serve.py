@@ -31,7 +31,6 @@ from fedtower.plugins.transports.grpc.health import Health
 from fedtower.plugins.transports.grpc.intake import Intake, Limits
 from fedtower.plugins.transports.grpc.meters import Meters
 from fedtower.plugins.transports.grpc.public import SocketRows, public_server
-from fedtower.plugins.transports.grpc.rates import RateSettings
 from fedtower.plugins.transports.grpc.seats import Seat
 from fedtower.plugins.transports.grpc.tls import ServerTls, listen
 from fedtower.plugins.transports.grpc.transport import Grpc, rows_address
@@ -104,7 +103,7 @@ async def serve(config: dict[str, Any], registry: Registry) -> None:
     health = Health(intake, seat, lambda word, level, values: log.write(word, level=level, **values))
     address = build(Address, config["address"], path="address")
     web = _web(address, intake, health, folder, registry)
-    server = public_server(intake, credentials, build(RateSettings, config.get("rates", {}), path="rates"))
+    server = public_server(intake, credentials, settings.rates)
     port = address.bind(server)
     await server.start()
     bell = Bell.hang(folder / "bells", f"intake-{os.getpid()}")

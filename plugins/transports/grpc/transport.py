@@ -22,9 +22,11 @@ from fedtower.core.transport import Asked, Version, Visit
 from fedtower.core.updates import Updates
 from fedtower.plugins.transports.grpc.artefacts import Artefact
 from fedtower.plugins.transports.grpc.bell import INTAKES, TABLE, Bell, ring
+from fedtower.plugins.transports.grpc.bounds import CALL_BYTES
 from fedtower.plugins.transports.grpc.buffered import Buffered
 from fedtower.plugins.transports.grpc.plans import PublishedPlan, RowSource
 from fedtower.plugins.transports.grpc.presence import look, present
+from fedtower.plugins.transports.grpc.rates import RateSettings
 from fedtower.plugins.transports.grpc.rows import LockedRows, serve_rows
 from fedtower.plugins.transports.grpc.standing import counts_of, waiting_of
 from fedtower.plugins.transports.grpc.table import TableSide, Terms
@@ -51,6 +53,9 @@ class Grpc:
     heartbeat_seconds: float = field(default=15.0, metadata={"help": "how often a working device calls"})
     presence_seconds: float = field(default=30.0, metadata={"help": "who called so lately is there"})
     upload_mb: int = field(default=256, metadata={"help": "the largest update"})
+    rates: RateSettings = field(
+        default_factory=RateSettings, metadata={"help": "how often and how much one device may call"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("deadline_seconds", "lease_seconds", "heartbeat_seconds", "presence_seconds", "upload_mb"):
@@ -60,6 +65,11 @@ class Grpc:
             raise RecipeError(
                 f"transport.quorum must be above 0 and at most 1, and wait_for, target and evaluation_seconds not "
                 f"negative; they are {self.quorum}, {self.wait_for}, {self.target} and {self.evaluation_seconds:g}"
+            )
+        if self.rates.bytes_burst < CALL_BYTES:
+            raise RecipeError(
+                f"transport.rates.bytes_burst must be at least {CALL_BYTES:,}, the bytes of one message, not "
+                f"{self.rates.bytes_burst:,.0f}; transport.rates.bytes_per_second may be as small as you like"
             )
         if self.heartbeat_seconds >= self.lease_seconds:
             raise RecipeError(

@@ -331,7 +331,6 @@ def standing(
     folder: Path,
     clients: int,
     *,
-    rates: dict[str, float] | None = None,
     terms: Terms | None = None,
     command: Sequence[str] = (),
     transport: dict[str, Any] | None = None,
@@ -358,10 +357,9 @@ def standing(
         "folder": str(folder),
         "federation": "a federation",
         "journal": {"name": "sqlite", "settings": journal or {}},
-        "transport": {"upload_mb": 64, **(transport or {})},
+        "transport": {"upload_mb": 64, "rates": FAST, **(transport or {})},
         "credentials": str(keys / "credentials.sqlite"),
         "address": {"host": "127.0.0.1", "port": 0, "status_port": (metrics_port := free_port()), **certificate},
-        "rates": FAST if rates is None else rates,
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with (folder / "intake.log").open("wb") as log:

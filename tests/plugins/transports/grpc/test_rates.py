@@ -1,12 +1,27 @@
 """A device calls as often as it may, and not more often."""
 
+import asyncio
+import json
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
+import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtower.core.errors import RecipeError
+from fedtower.core.recipe import parse_recipe
+from fedtower.core.registry import discover
+from fedtower.core.settings import build
 from fedtower.plugins.transports.grpc.rates import Bucket, Rates, RateSettings
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
+from fedtower.plugins.transports.grpc.transport import Grpc
+from fedtower.recsys.run_folder import RunFolder
+from fedtower.recsys.serve_command import as_deployed
+from fedtower.recsys.serving import Door, intake_config
+from tests.plugins.transports.grpc.standing import Standing, standing
 
 
 class Clock:
@@ -84,6 +99,43 @@ def test_more_than_a_burst_is_never_let_in() -> None:
 def test_a_rate_is_above_nothing(value: float) -> None:
     with pytest.raises(RecipeError, match="calls_per_second must be above 0"):
         RateSettings(calls_per_second=value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("rates.calls_burst=0.5", "calls_burst must be at least 1"),
+        ("rates.calls_per_second=0", "calls_per_second must be above 0"),
+        ("rates.bytes_burst=1000", "bytes_burst must be at least 294,912, the bytes of one message, not 1,000"),
+        ("rates.calls_a_second=3", "rates.calls_a_second is not a setting"),
+    ],
+)
+def test_rates_that_would_let_nobody_in_are_refused_in_a_recipe(setting: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        as_deployed("dssm-synthetic", [f"transport.{setting}"], discover())
+
+
+def test_the_rates_of_a_recipe_are_those_of_its_server(tmp_path: Path) -> None:
+    registry = discover()
+    recipe = as_deployed("dssm-synthetic", ["transport.rates.calls_per_second=0.001"], registry)
+    again = parse_recipe(tomllib.loads(tomli_w.dumps(recipe.to_dict())))
+    (tmp_path / "federation.json").write_text(json.dumps({"name": "f", "run": "1", "keys": str(tmp_path)}))
+    told = intake_config(RunFolder(tmp_path), again, Door())["transport"]
+    assert build(Grpc, told, path="transport").rates == RateSettings(calls_per_second=0.001)
+
+    async def scenario(at: Standing) -> None:
+        async with at.peer(0) as one, at.peer(1) as other:
+            answers = [await one.check_in() for _ in range(4)]
+            assert [answer.outcome for answer in answers] == ["come_back"] * 3 + ["refusal"]
+            refusal = answers[3].refusal
+            assert refusal is not None
+            assert (refusal.reason, refusal.retry_after_seconds > 100) == (Reason.RATE, True)
+            assert (await other.check_in()).outcome == "come_back"
+
+    few = {**told["rates"], "calls_burst": 3}
+    (tmp_path / "at").mkdir()
+    with standing(tmp_path / "at", 2, transport={"rates": few}) as at:
+        asyncio.run(scenario(at))
 
 
 def test_one_that_is_refused_again_and_again_is_told_when_to_come_back_and_others_are_not() -> None:
