@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fedtower.core.cli import pass_registry
+from fedtower.core.garbage import undisturbed
 from fedtower.core.recipe import load_recipe
 from fedtower.core.registry import Registry
 from fedtower.recsys.bundle import Bundle, Precision
-from fedtower.recsys.display import Display, index_in_words
+from fedtower.recsys.display import Display, fitted, index_in_words
 from fedtower.recsys.launch import rank_and_count
 from fedtower.recsys.report import write_report
 from fedtower.recsys.run_folder import RunFolder
@@ -64,7 +65,8 @@ def run(registry: Registry, recipe: str, overrides: tuple[str, ...], runs: Path,
         if loaded.mode == "deployed":
             serve_recipe(registry, recipe, overrides, runs, verbose=verbose)
             return
-    from fedtower.recsys import run as api
+    with undisturbed():
+        from fedtower.recsys import run as api
 
     console = Console(highlight=False, quiet=rank > 0)
     with Display(console, verbose=verbose) as display:
@@ -95,7 +97,8 @@ def resume(registry: Registry, folder: Path, start: int | None, verbose: bool) -
             refuse_going_back(place, start)
             serve_recipe(registry, str(folder), (), folder.parent, verbose=verbose)
             return
-    from fedtower.recsys import run as api
+    with undisturbed():
+        from fedtower.recsys import run as api
 
     console = Console(highlight=False, quiet=rank > 0)
     with Display(console, verbose=verbose) as display:
@@ -121,7 +124,8 @@ def evaluate(registry: Registry, folder: Path, protocol: Literal["sampled", "ful
       fedtower evaluate runs/dssm-synthetic-1 --protocol full
     """
     open_run(folder)
-    from fedtower.recsys import run as api
+    with undisturbed():
+        from fedtower.recsys import run as api
 
     evaluation = api.load(folder, registry=registry).evaluate(protocol)
     if as_json:
@@ -188,7 +192,8 @@ def recommend(
     if folder is None or user is None or request is not None:
         raise click.UsageError("give a RUN and a --user, or a --bundle and a --request")
     open_run(folder)
-    from fedtower.recsys import run as api
+    with undisturbed():
+        from fedtower.recsys import run as api
 
     items = api.load(folder, registry=registry).recommend(user, count, exact=exact)
     if as_json:
@@ -264,7 +269,7 @@ def _finish(console: Console, folder: Path) -> None:
             soft_wrap=True,
         )
     if record.index is not None:
-        console.print(f"index:  {index_in_words(record.index)}", soft_wrap=True)
+        console.print(fitted(console, f"index:  {index_in_words(record.index)}"), soft_wrap=True)
     console.print(f"report: {report}", soft_wrap=True)
     if any(name.startswith("ER@") for name in record.headline):
         console.print(
@@ -273,11 +278,14 @@ def _finish(console: Console, folder: Path) -> None:
         )
     elif record.started.get("mode") == "simulated":
         console.print(
-            f"next:   fedtower run {folder / 'recipe.toml'} -o mode=standalone   (the same model, trained centrally)",
+            f"next:   fedtower run {folder / 'recipe.toml'} -o mode=standalone\n"
+            f"        trains the same model centrally",
             soft_wrap=True,
         )
     else:
-        console.print(f"next:   fedtower report {folder} OTHER-RUN   (two runs side by side)", soft_wrap=True)
+        console.print(
+            f"next:   fedtower report {folder} OTHER-RUN\n        shows two runs side by side", soft_wrap=True
+        )
 
 
 def _figures(record: RunRecord) -> Table:

@@ -8,6 +8,7 @@ one the first and the last, those that were evaluated, and the first in which cl
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -110,7 +111,8 @@ class Display:
     @hookimpl
     def warned(self, message: str) -> None:
         self._print_pending()
-        self.console.print(Text.assemble(("warning: ", "bold yellow"), message), soft_wrap=True)
+        said = fitted(self.console, f"warning: {message}").removeprefix("warning: ")
+        self.console.print(Text.assemble(("warning: ", "bold yellow"), said), soft_wrap=True)
 
     @hookimpl
     def run_finished(self) -> None:
@@ -120,7 +122,7 @@ class Display:
 
     def say(self, message: str) -> None:
         """Print a line, above the live one."""
-        self.console.print(Text(message), soft_wrap=True)
+        self.console.print(Text(fitted(self.console, message)), soft_wrap=True)
 
     def show(self, renderable: RenderableType) -> None:
         """Print a table or the like, above the live line."""
@@ -202,6 +204,22 @@ class Display:
             return ""
         began, first = self._started
         return f"{in_seconds(rest * (self._clock() - began) / max(report.round - first + 1, 1))} left"
+
+
+def fitted(console: Console, text: str) -> str:
+    """The same with lines that are broken between words where a terminal's would end, the rest indented further; as it
+    is for a file or a pipe. A word that is longer than a line stays whole: it may be a path.
+    """
+    if not console.is_terminal:
+        return text
+    lines = []
+    for line in text.splitlines():
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        broken = textwrap.wrap(
+            line, console.width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+        lines += broken or [""]
+    return "\n".join(lines)
 
 
 def in_words(card: Mapping[str, Any]) -> str:

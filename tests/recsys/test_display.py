@@ -128,6 +128,26 @@ def test_every_line_on_a_terminal_fits_into_80_columns() -> None:
     assert row.split() == ["500/1000", "5.000", "0.512", "0.300", "1,200", "12", "20.8", "MB", "936", "MB", "71", "s"]
 
 
+def test_sentences_are_broken_between_words_on_a_terminal_and_not_in_a_file() -> None:
+    place = "/a/path/" + "that-is-longer-than-any-terminal/" * 3
+    many = "so many words that a line does not hold them, " * 3
+    said = f"a data set of 1,234 users, and {many}and\n  licence: {place}"
+
+    def told(*, terminal: bool) -> list[str]:
+        out = io.StringIO()
+        console = Console(file=out, width=80, force_terminal=terminal, color_system=None, highlight=False)
+        display = Display(console)
+        display.say(said)
+        display.warned(f"of something, {said.splitlines()[0]}")
+        return out.getvalue().splitlines()
+
+    assert told(terminal=False) == [*said.splitlines(), f"warning: of something, {said.splitlines()[0]}"]
+    lines = told(terminal=True)
+    assert [line for line in lines if len(line) > 80] == [f"    {place}"]
+    assert " ".join(" ".join(lines).split()) == " ".join(" ".join(told(terminal=False)).split())
+    assert lines[1].startswith("  ")
+
+
 def test_the_columns_are_those_of_the_data_that_the_run_is_on() -> None:
     figures = {"accuracy": 0.98123, "logloss": 0.125}
     lines = shown(2, terminal=True, every=1, figures=figures)
