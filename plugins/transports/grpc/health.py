@@ -1,8 +1,8 @@
 """Health: whether an intake should be sent devices, for a load balancer; looked at once a second.
 
-It is not well when its journal or the disk of the run's folder takes nothing, when the table process is away or its
-rows cannot be reached, while it drains, and when nobody has looked for some seconds: then its event loop hangs. A
-device that comes all the same loses nothing.
+It is not well when its journal or the disk of the run's folder takes nothing, when the table process is away or gives
+no rows to those who should have some, while it drains, and when nobody has looked for some seconds: then its event loop
+hangs. A device that comes all the same loses nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from fedtower.core.errors import FedtowerError, StorageError
 from fedtower.plugins.transports.grpc.intake import Intake, RowsAway
 from fedtower.plugins.transports.grpc.seats import Seat
+from fedtower.protos.v1 import federation_pb2 as pb
 from fedtower.recsys.bundle import MANIFEST, parse_manifest
 from fedtower.recsys.running import running_of
 
@@ -102,12 +103,15 @@ class Health:
         if not self.has_rows:
             return ""
         try:
-            await asyncio.wait_for(self._asked_for_rows(), _ANSWER_SECONDS)
+            given = await asyncio.wait_for(self._gives_rows(), _ANSWER_SECONDS)
         except (RowsAway, TimeoutError):
             return "the table process gives no rows"
+        if not given and self.intake.has_windows:  # before the first round there is nobody who should have any
+            return "the table process gives no rows yet: it is on the way to the round that is open"
         return ""
 
-    async def _asked_for_rows(self) -> None:
-        """Ask for rows of nothing: the refusal says that somebody is there."""
-        async for _ in self.intake.rows(b""):
-            return
+    async def _gives_rows(self) -> bool:
+        """Ask for rows of nothing: a refusal says that there are some, and to be sent away that there are none yet."""
+        async for chunk in self.intake.rows(b""):
+            return pb.RowsChunk.FromString(chunk).WhichOneof("outcome") != "come_back"
+        return False

@@ -331,6 +331,11 @@ class Intake:
         self.meters.acknowledged(task, duplicate=outcome is Outcome.DUPLICATE)
         return pb.SubmitReply(acknowledged=pb.Acknowledged(duplicate=outcome is Outcome.DUPLICATE))
 
+    @property
+    def has_windows(self) -> bool:
+        """Whether a window is open that devices work for."""
+        return bool(self._open)
+
     def said(self, word: str, **values: Any) -> None:
         """Write to the log."""
         self.log(word, values)

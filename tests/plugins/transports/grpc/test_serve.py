@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -155,6 +155,13 @@ def soon(look: Callable[[], Any], child: Child | None = None) -> Any:
     raise AssertionError("it did not come")
 
 
+def with_rows(folder: Path) -> None:
+    """Let the model of a run have rows."""
+    (folder / "bundle").mkdir()
+    port = RowPort("item", 4, 10)
+    write_manifest(folder / "bundle", Manifest("m", "r", asdict(LOCAL), {}, (), (), (), (), port, {}))
+
+
 @pytest.fixture
 def journal(tmp_path: Path) -> Iterator[Journal]:
     opened = SQLite().open(tmp_path / "journal", "a federation")
@@ -212,6 +219,13 @@ def child(tmp_path: Path, journal: Journal) -> Iterator[Child]:
 @pytest.fixture
 def window(child: Child) -> Iterator[list[Updates]]:
     """A round that is open, and the updates that were read of it."""
+    with opened(child) as came:
+        yield came
+
+
+@contextmanager
+def opened(child: Child) -> Iterator[list[Updates]]:
+    """A round that is open meanwhile."""
     came: list[Updates] = []
     plan, cohort = Plan(1, {"w": np.zeros(3, np.float32)}, LOCAL), Cohort(1, np.arange(CLIENTS), CLIENTS)
 
@@ -299,9 +313,7 @@ def test_health_says_what_is_wrong_and_when_it_is_well_again(child: Child) -> No
         return dict(told["reasons"])
 
     soon(lambda: reasons() == {"table": "the table process is starting"})
-    (child.folder / "bundle").mkdir()
-    port = RowPort("item", 4, 10)
-    write_manifest(child.folder / "bundle", Manifest("m", "r", asdict(LOCAL), {}, (), (), (), (), port, {}))
+    with_rows(child.folder)
     soon(lambda: reasons() == {"table": "the table process gives no rows"})
     current = Event()
     current.set()
@@ -333,6 +345,22 @@ def test_health_says_what_is_wrong_and_when_it_is_well_again(child: Child) -> No
         {"disk"},
         {"table"},
     ]
+
+
+def test_who_should_have_rows_and_is_sent_away_is_not_well_served(child: Child) -> None:
+    def reasons() -> dict[str, str]:
+        return dict(child.get("/health")[1]["reasons"])
+
+    with_rows(child.folder)
+    current = Event()
+    server = serve_rows(Table(), rows_address(child.folder), current)  # type: ignore[arg-type]
+    soon(lambda: not reasons())  # there is no round yet, and devices are to come
+    with opened(child):
+        why = "the table process gives no rows yet: it is on the way to the round that is open"
+        soon(lambda: reasons() == {"table": why})
+        current.set()
+        soon(lambda: not reasons())
+    server.stop(None)
 
 
 def test_a_refusal_is_one_line_that_says_whose_and_why(child: Child, window: list[Updates]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -10,8 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import grpc
 import pytest
@@ -234,6 +237,22 @@ def test_the_page_says_when_the_server_is_gone_and_goes_on_when_it_is_back(serve
     page.wait_for_selector("body[data-server=there]", timeout=60_000)
     assert gone.is_hidden()
     assert tile(page, "Refused") == "1"  # what was counted before the kill still counts
+
+
+def test_a_table_process_that_was_killed_is_missed_until_it_gives_rows_again(served: Served) -> None:
+    def reasons() -> set[str]:
+        with closing(http.client.HTTPConnection(urlsplit(served.page).netloc, timeout=5.0)) as line:
+            line.request("GET", "/health")
+            answer = line.getresponse()
+            found = set(json.loads(answer.read())["reasons"])
+        assert answer.status == (503 if found else 200)
+        return found
+
+    served.soon(lambda: not reasons())
+    table = next(each["pid"] for each in served.status()["processes"] if each["name"] == "table")
+    os.kill(table, signal.SIGKILL)
+    served.soon(lambda: reasons() == {"table"})
+    served.soon(lambda: not reasons())
 
 
 def test_afterwards_the_folder_says_how_it_stood(served: Served, page: Page, browser: Opens) -> None:
