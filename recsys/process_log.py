@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -69,6 +71,32 @@ def logged(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 except ValueError:
                     continue
                 yield newest.stem, values
+
+
+class FollowedLogs:
+    """The lines of all processes of a run, by time: each look gives what was added since the last one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / LOGS
+        self._read: dict[int, int] = {}  # by the number of the file, which it keeps when it is renamed
+
+    def new(self) -> list[dict[str, Any]]:
+        """The lines that are new, by time; a line that is half there comes with a later look, and a torn one never."""
+        found = [values for path in self._folder.glob("*.jsonl*") for values in self._added(path)]
+        return sorted(found, key=lambda values: str(values.get("time", "")))
+
+    def _added(self, path: Path) -> Iterator[dict[str, Any]]:
+        try:
+            with path.open("rb") as file:
+                number = os.fstat(file.fileno()).st_ino
+                file.seek(self._read.get(number, 0))
+                whole, newline, _torn = file.read().rpartition(b"\n")
+        except FileNotFoundError:  # it was the oldest
+            return
+        self._read[number] = self._read.get(number, 0) + len(whole) + len(newline)
+        for line in whole.splitlines():
+            with suppress(ValueError):
+                yield json.loads(line)
 
 
 class _Lines(logging.Formatter):

@@ -21,6 +21,7 @@ from rich.text import Text
 from fedtower.core.cli import pass_registry
 from fedtower.core.errors import CheckpointError, Unreachable
 from fedtower.core.registry import Registry
+from fedtower.recsys.process_log import FollowedLogs
 from fedtower.recsys.run_folder import FEDERATION, RunFolder
 from fedtower.recsys.status import Watched
 from fedtower.recsys.units import figure, in_bytes, in_count
@@ -44,10 +45,11 @@ Told = Mapping[str, Any]
     help="Where runs are, without RUN.",
 )
 @click.option("--watch", is_flag=True, help="Look again every second, until the run has ended.")
+@click.option("--log", is_flag=True, help="What its processes have logged, by time; with --watch, as it comes.")
 @click.option("--json", "as_json", is_flag=True, help="JSON, for programs; with --watch, a line each time.")
 @pass_registry
 def status_command(
-    registry: Registry, run: Path | None, server: str | None, runs: Path, watch: bool, as_json: bool
+    registry: Registry, run: Path | None, server: str | None, runs: Path, watch: bool, log: bool, as_json: bool
 ) -> None:
     """Say how a run stands that is, or was, served to devices: rounds, devices, drop-outs, refusals, bytes, processes.
 
@@ -58,16 +60,20 @@ def status_command(
     Examples:
       fedtower status
       fedtower status runs/dssm-ml-100k-1 --watch
+      fedtower status --log --watch
       fedtower status --server 127.0.0.1:7434 --json
     """
     if server is not None:
-        if run is not None:
-            raise click.UsageError("give a RUN, or --server")
+        if run is not None or log:
+            raise click.UsageError("give a RUN, or --server, whose page has no log")
         _show(lambda: asked(server), watch=watch, as_json=as_json)
         return
     folder = RunFolder.open(newest(runs) if run is None else run)
     registry.use_folder(folder.path)
     with closing(Watched(folder, registry)) as watched:
+        if log:
+            _show_log(folder.path, lambda: watch and not _is_over(watched.status().to_dict()), as_json=as_json)
+            return
         _show(lambda: watched.status().to_dict(), watch=watch, as_json=as_json)
 
 
@@ -123,6 +129,40 @@ def _show(look: Callable[[], Told], *, watch: bool, as_json: bool) -> None:
                 time.sleep(EVERY_SECONDS)
                 told = look()
                 live.update(pictured(told), refresh=True)
+
+
+def _show_log(folder: Path, goes_on: Callable[[], bool], *, as_json: bool) -> None:
+    """Print the lines that there are, and those that come until the run has ended."""
+    logs, is_last = FollowedLogs(folder), False
+    while True:
+        for values in logs.new():
+            click.echo(json.dumps(values) if as_json else logged_in_words(values))
+        if is_last:
+            return
+        is_last = not goes_on()
+        if not is_last:
+            time.sleep(EVERY_SECONDS)
+
+
+def logged_in_words(values: Told) -> str:
+    """A line of a log: when, which process, how serious if it is, what, and the rest as it was named.
+
+    >>> logged_in_words({"time": "2026-01-02T03:04:05.678+00:00", "process": "intake", "pid": 7, "level": "warning",
+    ...                  "event": "refused", "round": 2, "reason": "norm", "message": "too long"})
+    '2026-01-02 03:04:05.678 intake WARNING refused round=2 reason=norm too long'
+    """
+    about = {"time", "process", "pid", "level", "event", "message"}
+    rest = [f"{name}={value}" for name, value in values.items() if name not in about and value is not None]
+    level = str(values.get("level", "info")).upper()
+    parts = (
+        str(values.get("time", "")).replace("T", " ").partition("+")[0],
+        values.get("process", "?"),
+        *([] if level == "INFO" else [level]),
+        values.get("event", ""),
+        *rest,
+        values.get("message", ""),
+    )
+    return " ".join(str(part) for part in parts).rstrip()
 
 
 def _is_over(told: Told) -> bool:

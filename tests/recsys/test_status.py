@@ -29,7 +29,7 @@ from fedtower.plugins.journals.sqlite.journal import SQLite
 from fedtower.plugins.transports.grpc.seats import Counted, Seat
 from fedtower.plugins.transports.grpc.windows import Window
 from fedtower.protos.v1 import federation_pb2 as pb
-from fedtower.recsys.process_log import ProcessLog, logged
+from fedtower.recsys.process_log import FollowedLogs, ProcessLog, logged
 from fedtower.recsys.run_folder import RunFolder
 from fedtower.recsys.runlog import Followed, RunLog
 from fedtower.recsys.running import Running, to_json
@@ -264,6 +264,41 @@ def test_lines_are_json_and_the_oldest_files_go(tmp_path: Path) -> None:
     assert lines[0]["message"] == 'a "quoted"\nline'
     assert (lines[-1]["event"], lines[-1]["level"], lines[-1]["disk"]) == ("unwell", "warning", "full")
     assert {"time", "process", "pid", "level", "event"} <= lines[0].keys()
+
+
+def test_the_logs_of_all_processes_are_followed_as_one(tmp_path: Path) -> None:
+    table = ProcessLog(tmp_path, "table")
+    intake = ProcessLog(tmp_path, "intake", most_bytes=600, kept=4)
+    followed = FollowedLogs(tmp_path)
+    for number in range(6):
+        (table, intake)[number % 2].write("event", number=number)
+        time.sleep(0.002)  # whose time is told by the millisecond
+    assert [values["number"] for values in followed.new()] == list(range(6))
+    assert followed.new() == []
+    with (tmp_path / "logs" / "table.jsonl").open("a") as file:
+        file.write('{"time": "2100", "number": 8')
+    for number in (6, 7):
+        intake.write("event", number=number)  # into a file of its own: the one before was full
+        time.sleep(0.002)
+    assert [values["number"] for values in followed.new()] == [6, 7]
+    with (tmp_path / "logs" / "table.jsonl").open("a") as file:
+        file.write("}\ntorn\n")
+    assert [values["number"] for values in followed.new()] == [8]
+    assert (tmp_path / "logs" / "intake.jsonl.1").is_file()
+    table.close()
+    intake.close()
+
+
+def test_the_command_tells_the_log_and_ends_with_the_run(served: Served, capsys: Any) -> None:
+    log = ProcessLog(served.folder, "intake")
+    log.write("refused", level=logging.WARNING, round=3, reason="norm", message="it is too long")
+    log.close()
+    assert call(["status", str(served.folder), "--log", "--watch"]) == 0  # no process of it lives
+    said = capsys.readouterr().out
+    assert said.endswith("intake WARNING refused round=3 reason=norm it is too long\n")
+    assert call(["status", str(served.folder), "--log", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["reason"] == "norm"
+    assert call(["status", "--server", "127.0.0.1:1", "--log"]) == 2
 
 
 def test_a_log_that_cannot_be_written_stops_nobody(tmp_path: Path, capsys: Any) -> None:
