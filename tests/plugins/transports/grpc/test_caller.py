@@ -283,7 +283,13 @@ def test_back_off_doubles_up_to_a_limit() -> None:
 
 def test_the_longest_pause_is_the_command_lines(tmp_path: Path) -> None:
     make_key(tmp_path / "signing.pem", tmp_path / "signing.pub")
-    given = {"server": "127.0.0.1:1", "keys": tmp_path, "runtime": "mnn", "signer": "ed25519", "insecure": True}
+    given: dict[str, Any] = {
+        "server": "127.0.0.1:1",
+        "keys": tmp_path,
+        "runtime": "mnn",
+        "signer": "ed25519",
+        "insecure": True,
+    }
     made = _maker(discover(), **given, cache_mb=1, patience=9.0, longest_pause=1.5)
     device = made(tmp_path / "shard", tmp_path / "kept", None, lambda word, values: None)
     assert device.back_off == BackOff(0.2, 1.5, 9.0)
