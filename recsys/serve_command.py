@@ -13,6 +13,7 @@ from fedtower.core.cli import pass_registry
 from fedtower.core.errors import CheckpointError, RecipeError, TrustError
 from fedtower.core.recipe import Recipe, check, load_recipe
 from fedtower.core.registry import Registry
+from fedtower.recsys.display import fitted
 from fedtower.recsys.run_folder import RunFolder
 from fedtower.recsys.serving import Door, found, intake_module, serve, with_ports
 from fedtower.recsys.tether import hold
@@ -136,7 +137,7 @@ def serve_recipe(
             intakes=intakes,
             tether=tether,
             verbose=verbose,
-            said=lambda text: console.print(f"note: {text}", soft_wrap=True),
+            said=lambda text: console.print(fitted(console, f"note: {text}"), soft_wrap=True),
         )
     console.print(f"next: fedtower report {folder.path}", soft_wrap=True)
 
