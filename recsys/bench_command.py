@@ -95,7 +95,7 @@ class Shown:
 
     def __init__(self, console: Console, suite: Suite) -> None:
         self._console = console
-        self._columns = [column for layout in suite.tables for column in layout.all_columns]
+        self._suite = suite
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -137,8 +137,9 @@ class Shown:
         )
 
     def _headline(self, finished: Finished) -> list[Column]:
-        known = {column.key: column for column in self._columns if column.key in finished.figures}
-        return list(known.values())[:3]
+        layouts = [each for each in self._suite.tables if not each.entries or finished.entry in each.entries]
+        columns = {column.key: column for layout in layouts for column in layout.all_columns}
+        return [column for key, column in columns.items() if key in finished.figures][:3]
 
 
 def _write(folder: Path, results: Results) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -12,8 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from fedtower.core.cli import call
+from fedtower.core.registry import discover
+from fedtower.recsys.bench_command import Shown
+from fedtower.recsys.suite import Column, Entry, Layout, Suite, tasks_of
+from fedtower.recsys.suite_figures import Finished
+
+GOALS = {"near": 0.9, "far": 0.99}
 
 SUITE = """
 title = "Sizes"
@@ -101,6 +109,18 @@ def test_a_suite_is_run_and_what_is_done_is_not_done_again(place: Path, capsys: 
     page = (place / "bench/sizes/report.html").read_text()
     assert "<svg" in page
     assert "## Figures" in (place / "bench/sizes/results.md").read_text()
+
+
+def test_a_line_about_a_run_has_the_figures_of_its_own_tables() -> None:
+    near, far = (
+        Layout(f"to {reach}", (Column("accuracy", reach), "bytes_up"), (name,)) for name, reach in GOALS.items()
+    )
+    suite = Suite("x", tuple(Entry(name, "dssm-synthetic") for name in GOALS), (near, far))
+    (task, *_) = tasks_of(suite, discover(), only=["far"])
+    figures = {"rounds to accuracy 0.9": 2.0, "rounds to accuracy 0.99": 30.5, "bytes_up": 1000.0}
+    out = io.StringIO()
+    Shown(Console(file=out), suite).ended(task, Finished("far", 1, figures=figures), 1, 1, before=False)
+    assert out.getvalue() == "1 of 1: far-s1 done: rounds to accuracy 0.99 30.5; up 1.0 kB\n"
 
 
 def test_another_option_is_another_run(place: Path) -> None:
