@@ -21,12 +21,13 @@ def phased(work: Work, local: LocalSettings) -> Work:
     """The work, with the input ``head`` (C, S) where ``local.head_first`` asks for phases: 1 in the steps of the head,
     0 in those of all else.
 
-    A client with fewer steps than others divides them in the same proportion, rounded down.
+    A client with fewer steps than others divides them in the same proportion, rounded up, as long as one is left for
+    the rest; a single step is the rest's.
     """
     if not local.head_first:
         return work
     whole = local.epochs or local.steps or 1
-    first = work.steps * local.head_first // whole
+    first = np.minimum(-(-work.steps * local.head_first // whole), work.steps - 1)
     steps = np.arange(work.inputs["weight"].shape[1], dtype=np.int64)
     head = (steps[None, :] < first[:, None]).astype(np.float32)
     return replace(work, inputs={**work.inputs, HEAD: head})

@@ -157,7 +157,7 @@ def test_a_tower_on_the_device_trains_alike_in_both_runtimes(setting_of: Setting
         np.testing.assert_allclose(everything(fast)[name], value, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(("steps", "first"), [(4, [1, 1, 0, 0]), (3, [1, 0, 0]), (1, [0]), (0, [])])
+@pytest.mark.parametrize(("steps", "first"), [(4, [1, 1, 0, 0]), (3, [1, 1, 0]), (2, [1, 0]), (1, [0]), (0, [])])
 def test_a_short_visit_is_divided_in_proportion(steps: int, first: list[int]) -> None:
     weight = np.ones((1, max(steps, 1), 2), dtype=np.float32)
     work = Work(np.array([0]), np.array([steps]), np.array([2 * steps]), {"weight": weight})
