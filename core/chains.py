@@ -3,6 +3,8 @@
 Capabilities of a transform, all false unless declared:
 
 * ``encodes``: it sends bytes in place of deltas. What follows must declare ``takes_bytes``.
+* ``sends_values``: the bytes are places and 32-bit values, as :mod:`fedtower.core.sparse` makes them; ``takes_values``:
+  it encodes those values, and may follow such encoders and no others.
 * ``sparse``: most of what is decoded of it is zero, because it was not sent and not because it was zero.
 * ``additive``: what it sends may be added up as it is, without being decoded.
 * ``bounded_norm``: what it sends is no longer than a bound; ``keeps_norm``: no longer than what it got.
@@ -55,7 +57,7 @@ def objection(chain: Sequence[Offer], aggregator: Offer) -> str:
 def _objection_to(offer: Offer, before: Sequence[Offer], who: str) -> str:
     """Why ``offer`` cannot follow these."""
     encoder = next((each for each in before if _is(each, "encodes")), None)
-    if encoder and offer.kind == "transform" and not _is(offer, "takes_bytes"):
+    if encoder and offer.kind == "transform" and not _is(offer, "takes_bytes") and not _takes_values(offer, before):
         return f"{who} changes deltas, but {encoder.name!r} before it has made bytes of them"
     sparse = next((each for each in before if _is(each, "sparse")), None)
     if sparse and _is(offer, "needs_dense"):
@@ -67,6 +69,12 @@ def _objection_to(offer: Offer, before: Sequence[Offer], who: str) -> str:
         longer = before[-1].name if before else "training"
         return f"{who} needs updates of a bounded norm, and {longer!r} before it bounds none"
     return ""
+
+
+def _takes_values(offer: Offer, before: Sequence[Offer]) -> bool:
+    """Whether all that was made into bytes before are values that it takes, and nobody has put bytes around them."""
+    touched = [each for each in before if _is(each, "encodes") or _is(each, "takes_bytes")]
+    return _is(offer, "takes_values") and all(_is(each, "sends_values") for each in touched)
 
 
 def _is_bounded(chain: Sequence[Offer]) -> bool:

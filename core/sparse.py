@@ -54,6 +54,22 @@ def decode(part: Encoded) -> FloatArray:
     return dense.reshape(-1, *part.shape)
 
 
+def parted(part: Encoded) -> tuple[list[bytes], list[IntArray], list[Bytes]]:
+    """Of each client's message the bytes that say its places, the places, and the bytes that follow them.
+
+    Raises:
+        UpdateError: bytes that do not begin as those of :func:`encode` do.
+    """
+    heads, places, rests = [], [], []
+    for client in range(len(part.offsets) - 1):
+        data = part.part(client)
+        found, rest = decode_places(data, prod(part.shape))
+        heads.append(data[: len(data) - len(rest)].tobytes())
+        places.append(found)
+        rests.append(rest)
+    return heads, places, rests
+
+
 def encode_places(places: IntArray, size: int | None = None) -> bytes:
     """Rising places as bytes; those of rows of a table, whose ``size`` a device does not know, are always gaps."""
     gaps = np.diff(places, prepend=-1) - 1

@@ -123,5 +123,5 @@ def fedtower_register(registry: Registry) -> None:
         "dgc",
         "fedtower.plugins.transforms.dgc:DGC",
         summary="Deep Gradient Compression: a thousandth is sent, with momentum correction and a warm-up",
-        capabilities={"encodes": True, "sparse": True, "stateful": True},
+        capabilities={"encodes": True, "sparse": True, "sends_values": True, "stateful": True},
     )

@@ -2,7 +2,7 @@
 
 Alistarh et al., 2017, https://arxiv.org/abs/1610.02132 (QSGD), with the largest entry of a bucket as its scale, as in
 their experiments, and codes of fixed width instead of Elias's. 2 bits are the three values of TernGrad (Wen et al.,
-2017, https://arxiv.org/abs/1705.07878).
+2017, https://arxiv.org/abs/1705.07878). After a sparsifier, the values that it sends are quantised.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedtower.core.jagged import Bytes, Encoded
 from fedtower.core.packing import as_bytes, as_floats, decoded, encoded, messages, pack, packed_bytes, unpack
 from fedtower.core.plan import Plan
 from fedtower.core.registry import Registry
-from fedtower.core.sparse import decode_rows, encode_rows
+from fedtower.core.sparse import decode_rows, encode_rows, parted
 from fedtower.core.transform import ROWS, visit_keys
 from fedtower.core.updates import Rows, Updates
 
@@ -37,7 +37,7 @@ BUCKET = 512
 class Quantize:
     r"""Each entry as :math:`s\,q / L` with a whole :math:`|q| \le L = 2^{b-1} - 1`, where :math:`s` is the largest of
     its bucket without signs: of 512 entries of a parameter in order, or of one row of a table. With one bit it is
-    :math:`\pm s`.
+    :math:`\pm s`. Of what a sparsifier before it sends the places stay as they are, and the values are the entries.
 
     ``stochastic`` rounds up with the probability that makes the mean exact. ``nearest`` is off by half a step at most;
     with one bit its :math:`s` is the mean without signs, which is then nearest (Seide et al., 2014).
@@ -68,10 +68,17 @@ class Quantize:
             columns = part.row_ids[:, None] * part.row_deltas.shape[1] + np.arange(part.row_deltas.shape[1])
             lots = self._lots(draws, ROWS + table, rounds[owners], clients[owners], columns)
             sent[ROWS + table] = self._rows(part, lots)
-        return replace(updates, dense={}, rows={}, encoded={**updates.encoded, **sent}), state
+        for name, encoded_before in updates.encoded.items():  # by a sparsifier: nothing else may stand before this
+            sent[name] = self._sparse(name, encoded_before, draws, rounds, clients)
+        return replace(updates, dense={}, rows={}, encoded=sent), state
 
     def decode(self, block: Updates) -> Updates:
-        return decoded(block, self.codec, self._delta_of, self._rows_of)
+        outer = f"{self.codec} of "
+        encoded_before = {
+            name: self._sparse_of(part, part.codec.removeprefix(outer)) if part.codec.startswith(outer) else part
+            for name, part in block.encoded.items()
+        }
+        return decoded(replace(block, encoded=encoded_before), self.codec, self._delta_of, self._rows_of)
 
     def finish(self, total: Updates, cohort: Cohort) -> Updates:
         return total
@@ -123,7 +130,7 @@ class Quantize:
         heads = 4 * -(-size // BUCKET)
         data = messages(part, heads + packed_bytes(size, self.bits))
         scales = np.repeat(as_floats(data[:, :heads]), BUCKET, axis=1)[:, :size]
-        return self._values(unpack(data[:, heads:], self.bits, size), scales).reshape(-1, *part.shape)
+        return self._values(unpack(data[:, heads:], self.bits, size), scales).reshape(len(data), *part.shape)
 
     def _rows(self, part: Rows, lots: NDArray[np.float64] | float) -> Encoded:
         scales = self._scales(part.row_deltas, part.row_deltas.shape[1])[:, None]
@@ -136,6 +143,29 @@ class Quantize:
         scales = np.broadcast_to(as_floats(data[:, :4]), (len(ids), width))
         return Rows(offsets, ids, self._values(unpack(data[:, 4:], self.bits, width), scales))
 
+    def _sparse(
+        self, name: str, part: Encoded, draws: Draws, rounds: NDArray[np.int64], clients: NDArray[np.int64]
+    ) -> Encoded:
+        """The same message with its values quantised, each drawn for the place where it stands."""
+        heads, places, values = parted(part)
+        lots = [
+            self._lots(draws, name, rounds[client], clients[client], where[None]) for client, where in enumerate(places)
+        ]
+        lines = [
+            head + self._messages(as_floats(data[None]), lot).tobytes()
+            for head, data, lot in zip(heads, values, lots, strict=True)
+        ]
+        return Encoded.of(f"{self.codec} of {part.codec}", part.shape, lines)
+
+    def _sparse_of(self, part: Encoded, codec: str) -> Encoded:
+        """The message as ``codec`` made it, with the values that were meant."""
+        heads, places, quantised = parted(part)
+        lines = [
+            head + as_bytes(self._delta_of(Encoded.of(self.codec, (len(where),), [data.tobytes()]))).tobytes()
+            for head, where, data in zip(heads, places, quantised, strict=True)
+        ]
+        return Encoded.of(codec, part.shape, lines)
+
 
 @hookimpl
 def fedtower_register(registry: Registry) -> None:
@@ -143,5 +173,5 @@ def fedtower_register(registry: Registry) -> None:
         "quantize",
         "fedtower.plugins.transforms.quantize:Quantize",
         summary="every number of an update in 8, 4, 2 or 1 bit",
-        capabilities={"encodes": True, "unbiased": True},
+        capabilities={"encodes": True, "unbiased": True, "takes_values": True},
     )

@@ -101,5 +101,5 @@ def fedtower_register(registry: Registry) -> None:
         "selective_sgd",
         "fedtower.plugins.transforms.selective_sgd:SelectiveSGD",
         summary="a part of the update is shared: the largest, those above a threshold, or random ones",
-        capabilities={"encodes": True, "sparse": True},
+        capabilities={"encodes": True, "sparse": True, "sends_values": True},
     )

@@ -69,5 +69,11 @@ def fedtower_register(registry: Registry) -> None:
         "top_k",
         "fedtower.plugins.transforms.top_k:TopK",
         summary="the largest entries are sent, the others remembered",
-        capabilities={"example": {"density": 0.01}, "encodes": True, "sparse": True, "stateful": True},
+        capabilities={
+            "example": {"density": 0.01},
+            "encodes": True,
+            "sparse": True,
+            "sends_values": True,
+            "stateful": True,
+        },
     )

@@ -45,6 +45,7 @@ def read(*transforms: str, aggregator: str = "fedavg") -> None:
         (("quantize", "envelope"), "fedavg"),
         (("clip", "halves", "noise"), "fedavg"),
         (("clip", "masks"), "fedavg"),
+        (("clip", "dgc", "quantize", "envelope"), "fedavg"),
     ],
 )
 def test_what_fits_is_accepted(transforms: tuple[str, ...], aggregator: str) -> None:
@@ -60,7 +61,10 @@ def test_what_fits_is_accepted(transforms: tuple[str, ...], aggregator: str) -> 
             "transforms.1 = 'clip' changes deltas, but 'top_k'",
             "order works.* 'clip', 'top_k'",
         ),
-        (("dgc", "quantize"), "fedavg", "'dgc' before it has made bytes", "Without 'quantize' it works.*'dgc'"),
+        (("dgc", "eden"), "fedavg", "'dgc' before it has made bytes", "Without 'eden' it works.*'dgc'"),
+        (("quantize", "quantize"), "fedavg", "'quantize' before it has made bytes", "Without 'quantize' it works"),
+        (("top_k", "envelope", "quantize"), "fedavg", "'quantize' changes deltas", "order works.*'quantize', 'env"),
+        (("dgc", "quantize"), "middle", "'middle' takes every entry as said", "With aggregator.name = 'fedavg' it"),
         (("top_k",), "middle", "'middle' takes every entry as said", "With aggregator.name = 'fedavg' it works"),
         (("quantize", "masks"), "fedavg", "'masks' changes deltas", "Without 'masks' it works"),
         (("envelope", "masks"), "fedavg", "what 'envelope' sends cannot be added", "order works.* 'masks', 'envelope'"),
