@@ -72,6 +72,7 @@ class Row:
     entry: Entry
     figures: Mapping[str, Spread | None]
     differences: Mapping[str, Difference]
+    fewer: float | None  # times fewer bytes up than the entry it is held against
     failed: int
     runs: int
 
@@ -84,6 +85,7 @@ class Row:
             "failed": self.failed,
             "figures": {key: None if each is None else asdict(each) for key, each in self.figures.items()},
             "differences": {key: asdict(each) for key, each in self.differences.items()},
+            "times_fewer_bytes_up": self.fewer,
             "published": dict(self.entry.published),
             "source": self.entry.source,
         }
@@ -160,7 +162,8 @@ class Results:
             found = difference(entry.against, self.values(entry.name, key), self.values(entry.against, key))
             if found is not None:
                 differences[key] = found
-        return Row(entry, figures, differences, sum(bool(run.error) for run in runs), len(runs))
+        ours, theirs = (self.values(name, "bytes_up") for name in (entry.name, entry.against))
+        return Row(entry, figures, differences, fewer(ours, theirs), sum(bool(run.error) for run in runs), len(runs))
 
 
 def difference(against: str, ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
@@ -180,6 +183,17 @@ def difference(against: str, ours: Mapping[int, float], theirs: Mapping[int, flo
 
         p = float(ttest_rel(first, second).pvalue)
     return Difference(against, float(np.mean(apart)), p, len(seeds))
+
+
+def fewer(ours: Mapping[int, float], theirs: Mapping[int, float]) -> float | None:
+    """How many times ours go into theirs, over the seeds that both have; ``None`` where one of them is nothing.
+
+    >>> fewer({1: 2.0, 2: 3.0}, {1: 100.0, 2: 150.0, 3: 9.0}), fewer({1: 2.0}, {1: 0.0})
+    (50.0, None)
+    """
+    seeds = ours.keys() & theirs.keys()
+    less, more = (sum(of[seed] for seed in seeds) for of in (ours, theirs))
+    return more / less if less and more else None
 
 
 def finished_run(

@@ -130,6 +130,8 @@ def _heads(results: Results, layout: Layout) -> list[str]:
             heads.append("published")
         if _has_differences(results, layout, column):
             heads.append("diff.")
+        if _has_fewer(results, layout, column):
+            heads.append("times fewer")
     return heads
 
 
@@ -141,13 +143,16 @@ def _cells(results: Results, layout: Layout, row: Row) -> list[str]:
             cells.append(_published(column, row) or "–")
         if _has_differences(results, layout, column):
             cells.append(_apart(column, row) or "–")
+        if _has_fewer(results, layout, column):
+            cells.append(_times(column, row) or "–")
     return cells
 
 
 def _under(column: Column, row: Row) -> list[str]:
     """What stands under a figure: the published one, and how far it is from what it is held against."""
-    published, apart = _published(column, row), _apart(column, row)
-    return [*([f"published {published}"] if published else []), *([apart] if apart else [])]
+    published, apart, times = _published(column, row), _apart(column, row), _times(column, row)
+    said = [f"published {published}" if published else "", apart, f"{times} times fewer" if times else ""]
+    return [line for line in said if line]
 
 
 def _spread(column: Column, row: Row) -> str:
@@ -183,6 +188,14 @@ def _has_published(results: Results, layout: Layout, column: Column) -> bool:
 
 def _has_differences(results: Results, layout: Layout, column: Column) -> bool:
     return column.of not in TOTALS and any(column.key in row.differences for row in results.table(layout))
+
+
+def _has_fewer(results: Results, layout: Layout, column: Column) -> bool:
+    return any(_times(column, row) for row in results.table(layout))
+
+
+def _times(column: Column, row: Row) -> str:
+    return "" if row.fewer is None or column.key != "bytes_up" else f"{row.fewer:.3g}"
 
 
 def _notes(results: Results, layout: Layout) -> list[str]:

@@ -59,6 +59,16 @@ def test_a_difference_is_paired_by_seed_and_its_p_is_students() -> None:
     assert found.p == pytest.approx(2 * students_t.sf(mean / (deviation / 3**0.5), df=2))
 
 
+def test_fewer_bytes_are_those_of_the_same_seeds_and_of_nobody_but_whom_it_is_held_against() -> None:
+    less = Finished("large", 1, figures={"HR@10": 0.7, "bytes_up": 2.5e5})
+    results = Results("sizes", SUITE, quick=False, runs=(*RUNS[:3], less), planned=4)
+    assert [row.fewer for row in results.table(TABLE)] == [None, 4.0]
+    large = next(line for line in in_markdown(results).splitlines() if line.startswith("| Large"))
+    assert [cell.strip() for cell in large.split("|")][-3:-1] == ["250 kB", "4"]
+    alone = Results("sizes", SUITE, quick=False, runs=RUNS[:3], planned=3)
+    assert "times fewer" not in in_markdown(alone)
+
+
 def test_one_seed_or_equal_differences_say_nothing_of_significance() -> None:
     for ours, theirs in (({1: 2.0}, {1: 1.0}), ({1: 2.0, 2: 3.0}, {1: 1.0, 2: 2.0})):
         found = difference("other", ours, theirs)
