@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +32,10 @@ class DGC:
     sent, and there :math:`u` and :math:`v` become zero (momentum factor masking).
 
     The momentum is here, so the server's optimiser should have none. What is sent of a delta adds up to between 1 and
-    :math:`1 / (1 - m)` of it, the more the later it is sent. The density falls from 25 % exponentially
-    over ``warmup_rounds`` rounds, where the paper has epochs. Rows have no memory: a device has no room for a table.
+    :math:`1 / (1 - m)` of it, the more the later it is sent. The density falls from 25 % exponentially over
+    ``warmup_rounds`` rounds, where the paper has epochs. The paper takes the largest of each parameter, which are few
+    of a small convolution; ``among = "all"`` takes those of all parameters as one vector. Rows have no memory: a device
+    has no room for a table.
     """
 
     density: float = field(default=0.001, metadata={"help": "the share of entries sent after the warm-up"})
@@ -41,6 +44,9 @@ class DGC:
         default=None, metadata={"help": "longest (L2, of all dense deltas) that a delta is taken at; none: any length"}
     )
     warmup_rounds: int = field(default=0, metadata={"help": "rounds over which the density falls from 25 %"})
+    among: Literal["each", "all"] = field(
+        default="each", metadata={"help": "the largest of each parameter, or of all parameters as one vector"}
+    )
     rows: float = field(default=1.0, metadata={"help": "the share of a client's rows (the longest) that is sent"})
 
     def __post_init__(self) -> None:
@@ -69,16 +75,16 @@ class DGC:
         return {f"{kept}/{name}": value.shape for name, value in plan.parameters.items() for kept in names}
 
     def on_client(self, updates: Updates, state: States, draws: Draws) -> tuple[Updates, States]:
-        densities = self._densities(updates)
-        sent, kept = {}, {}
+        momenta, velocities = {}, {}
         for name, delta in self._clipped(updates).items():
-            momentum = np.float32(self.momentum) * state[f"momentum/{name}"] + delta
-            velocity = state[f"velocity/{name}"] + momentum
-            flat = velocity.reshape(len(velocity), -1)
-            mask = _largest_of(flat, densities)
-            sent[name] = encode(CODEC, delta.shape[1:], flat, mask)
-            masked = mask.reshape(delta.shape)
-            kept[f"momentum/{name}"] = np.where(masked, np.float32(0), momentum)
+            momenta[name] = np.float32(self.momentum) * state[f"momentum/{name}"] + delta
+            velocities[name] = state[f"velocity/{name}"] + momenta[name]
+        sent, kept = {}, {}
+        for name, mask in self._chosen(velocities, self._densities(updates)).items():
+            velocity = velocities[name]
+            sent[name] = encode(CODEC, velocity.shape[1:], velocity.reshape(mask.shape), mask)
+            masked = mask.reshape(velocity.shape)
+            kept[f"momentum/{name}"] = np.where(masked, np.float32(0), momenta[name])
             kept[f"velocity/{name}"] = np.where(masked, np.float32(0), velocity)
         rows = {table: largest_rows(part, self.rows) for table, part in updates.rows.items()}
         return replace(updates, dense={}, rows=rows, encoded={**updates.encoded, **sent}), kept
@@ -92,6 +98,17 @@ class DGC:
     def _densities(self, updates: Updates) -> NDArray[np.float64]:
         rounds = np.full(len(updates), self.warmup_rounds + 1) if updates.rounds is None else updates.rounds
         return np.array([self.density_of(round) for round in rounds.tolist()])
+
+    def _chosen(
+        self, velocities: Mapping[str, FloatArray], densities: NDArray[np.float64]
+    ) -> Mapping[str, NDArray[np.bool_]]:
+        """Where the entries are that are sent, (C, n) of each parameter."""
+        flat = {name: velocity.reshape(len(velocity), -1) for name, velocity in velocities.items()}
+        if self.among == "each" or not flat:
+            return {name: _largest_of(each, densities) for name, each in flat.items()}
+        whole = _largest_of(np.concatenate(list(flat.values()), axis=1), densities)
+        ends = np.cumsum([each.shape[1] for each in flat.values()])[:-1]
+        return dict(zip(flat, np.split(whole, ends, axis=1), strict=True))
 
     def _clipped(self, updates: Updates) -> Mapping[str, FloatArray]:
         """The deltas, none longer than ``clip_norm``: of one client, before they enter what it has accumulated."""

@@ -97,6 +97,21 @@ def test_dgc_clips_what_a_client_adds_and_not_what_it_has() -> None:
     np.testing.assert_allclose(seen[1], [[1.6, 0.0], [0.0, 0.4]], rtol=1e-6)
 
 
+def test_dgc_takes_the_largest_of_each_parameter_or_of_all() -> None:
+    dense = {"a": np.array([[1.0, -9.0]], dtype=np.float32), "b": np.array([[7.0, 8.0, 2.0]], dtype=np.float32)}
+    updates = replace(of([[1.0]]), dense=dense)
+    state = {f"{kept}/{name}": np.zeros_like(d) for name, d in dense.items() for kept in ("momentum", "velocity")}
+    for dgc, want in (
+        (DGC(density=0.3, momentum=0.0), ([0.0, -9.0], [0.0, 8.0, 0.0])),
+        (DGC(density=0.6, momentum=0.0, among="all"), ([0.0, -9.0], [7.0, 8.0, 0.0])),
+    ):
+        sent, kept = dgc.on_client(updates, state, Draws(1))
+        seen = dgc.decode(sent).dense
+        assert (seen["a"][0].tolist(), seen["b"][0].tolist()) == want
+        for name, delta in dense.items():
+            np.testing.assert_array_equal(seen[name] + kept[f"velocity/{name}"], delta)
+
+
 def test_dgc_warms_up_from_a_quarter() -> None:
     dgc = DGC(density=0.01, momentum=0.0, warmup_rounds=2)
     state = {f"{n}/w": np.zeros((1, 1000), dtype=np.float32) for n in ("momentum", "velocity")}
@@ -172,6 +187,10 @@ class TestTopKOfRowsToo(TransformPromises):
 
 class TestDGCWarmAndClipped(TransformPromises):
     make = staticmethod(lambda: DGC(density=0.1, clip_norm=0.5, warmup_rounds=3, rows=0.5))
+
+
+class TestDGCAmongAll(TransformPromises):
+    make = staticmethod(lambda: DGC(density=0.1, among="all", warmup_rounds=3))
 
 
 class TestSelectiveAtRandom(TransformPromises):
