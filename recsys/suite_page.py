@@ -204,15 +204,23 @@ def _notes(results: Results, layout: Layout) -> list[str]:
     for row in rows:
         if row.entry.source:
             sources.setdefault(row.entry.source, []).append(row.entry.words)
-    against = dict.fromkeys(
-        f"{row.entry.words} against {results.suite.entry(row.entry.against).words}" for row in rows if row.differences
-    )
     said = [layout.note] if layout.note else []
-    said += [f"Differences: {'; '.join(against)}."] if against else []
+    said += [f"Differences: {against}."] if (against := _against(results, rows)) else []
     if len(sources) == 1:
         return [*said, f"Published: {next(iter(sources))}."]
     by_source = [f"{source} ({'; '.join(names)})" for source, names in sources.items()]
     return said + ([f"Published: {'. '.join(by_source)}."] if sources else [])
+
+
+def _against(results: Results, rows: Sequence[Row]) -> str:
+    """Which rows are held against which entry; where there is but one such entry, that one."""
+    held = [row for row in rows if row.differences]
+    others = dict.fromkeys(row.entry.against for row in held)
+    words = {name: results.suite.entry(name).words for name in others}
+    if len(words) == 1:
+        return f"from {next(iter(words.values()))}"
+    each = {name: ", ".join(row.entry.words for row in held if row.entry.against == name) for name in words}
+    return "; ".join(f"{each[name]} against {words[name]}" for name in words)
 
 
 def _table(results: Results, layout: Layout) -> Markup:

@@ -69,6 +69,18 @@ def test_fewer_bytes_are_those_of_the_same_seeds_and_of_nobody_but_whom_it_is_he
     assert "times fewer" not in in_markdown(alone)
 
 
+def test_a_table_says_whom_its_rows_are_held_against_once() -> None:
+    third = Entry("third", "dssm-synthetic", "Third", against="small")
+    last = Entry("last", "dssm-synthetic", "Last", against="third")
+    for entries, said in (
+        ((*ENTRIES, third), "Differences: from Small."),
+        ((*ENTRIES, third, last), "Differences: Large <b>, Third against Small; Last against Third."),
+    ):
+        suite = Suite("Sizes", entries, (TABLE,))
+        runs = tuple(run_of(entry.name, 1, 0.7) for entry in entries)
+        assert said in in_markdown(Results("sizes", suite, quick=False, runs=runs, planned=4))
+
+
 def test_one_seed_or_equal_differences_say_nothing_of_significance() -> None:
     for ours, theirs in (({1: 2.0}, {1: 1.0}), ({1: 2.0, 2: 3.0}, {1: 1.0, 2: 2.0})):
         found = difference("other", ours, theirs)
