@@ -7,6 +7,7 @@ process ended.
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -35,10 +36,11 @@ def undisturbed() -> Iterator[None]:
     if not gc.isenabled():
         yield
         return
+    modules = len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        if _is_ours:
+        if _is_ours and len(sys.modules) > modules:  # else there is nothing new that stays
             gc.freeze()
         gc.enable()

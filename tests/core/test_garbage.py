@@ -31,6 +31,11 @@ def test_a_program_of_ours_never_looks_through_its_modules() -> None:
     assert imported("begin_program()") == "True True\n"
 
 
+def test_garbage_is_kept_by_no_import_that_brings_nothing() -> None:
+    again = "begin_program(); import json.tool; gc.collect(); print(gc.get_freeze_count())"
+    assert imported(again).split() == ["0", "True", "False"]
+
+
 def test_in_a_process_of_somebody_else_everything_is_looked_through() -> None:
     assert imported("") == "True False\n"
 
