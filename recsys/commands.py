@@ -271,7 +271,8 @@ def _finish(console: Console, folder: Path) -> None:
     if record.index is not None:
         console.print(fitted(console, f"index:  {index_in_words(record.index)}"), soft_wrap=True)
     console.print(f"report: {report}", soft_wrap=True)
-    if any(name.startswith("ER@") for name in record.headline):
+    attack = RunFolder.open(folder).recipe().attack
+    if attack is not None and attack.share:
         console.print(
             f"next:   fedtower run {folder / 'recipe.toml'} -o attack.share=0   (the same, and nobody attacks)",
             soft_wrap=True,

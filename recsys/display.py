@@ -111,8 +111,9 @@ class Display:
     @hookimpl
     def warned(self, message: str) -> None:
         self._print_pending()
-        said = fitted(self.console, f"warning: {message}").removeprefix("warning: ")
-        self.console.print(Text.assemble(("warning: ", "bold yellow"), said), soft_wrap=True)
+        said = Text(fitted(self.console, f"warning: {message}"))
+        said.stylize("bold yellow", 0, len("warning:"))
+        self.console.print(said, soft_wrap=True)
 
     @hookimpl
     def run_finished(self) -> None:

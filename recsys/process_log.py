@@ -88,12 +88,15 @@ class FollowedLogs:
     def _added(self, path: Path) -> Iterator[dict[str, Any]]:
         try:
             with path.open("rb") as file:
-                number = os.fstat(file.fileno()).st_ino
-                file.seek(self._read.get(number, 0))
+                about = os.fstat(file.fileno())
+                read = self._read.get(about.st_ino, 0)
+                if read > about.st_size:  # the number of a file that is gone, given to a new one
+                    read = 0
+                file.seek(read)
                 whole, newline, _torn = file.read().rpartition(b"\n")
         except FileNotFoundError:  # it was the oldest
             return
-        self._read[number] = self._read.get(number, 0) + len(whole) + len(newline)
+        self._read[about.st_ino] = read + len(whole) + len(newline)
         for line in whole.splitlines():
             with suppress(ValueError):
                 yield json.loads(line)

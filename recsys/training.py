@@ -30,7 +30,7 @@ from fedtower.core.server import Schedule, ServerState
 from fedtower.core.store import ClientStore
 from fedtower.core.transport import OwnTime, Simulates
 from fedtower.recsys.controls import with_controls
-from fedtower.recsys.ditto import with_copies
+from fedtower.recsys.ditto import PERSONAL, with_copies
 from fedtower.recsys.evaluation import Evaluation, Role
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.models import Declared
@@ -361,7 +361,7 @@ def _refuse_personal(setting: Setting) -> None:
     if not isinstance(setting.task, Histories) and not copies:
         raise RecipeError(
             f"evaluation.personal = true needs held-out items of each client's own, and {setting.task.card.name!r} "
-            f"holds examples out for all clients together; set it to false"
+            f"holds examples out for all clients together; set it to false, or local.ditto, whose copies can be judged"
         )
 
 
@@ -371,6 +371,12 @@ def _refuse_unjudged(setting: Setting, declared: Declared) -> None:
     """
     own = [name for name in declared.on_device if not is_variate(name)]
     task = setting.task
+    kept = [name for name in own if not name.startswith(PERSONAL)]
+    if kept and isinstance(task, Labelled) and setting.recipe.mode == "deployed":
+        raise RecipeError(
+            f"devices judge labelled examples with the model that they are sent, and {', '.join(kept)} would stay with "
+            f'each of them: leave local.on_device out, or set mode = "simulated"'
+        )
     if own and isinstance(task, Labelled) and setting.recipe.mode == "simulated" and not task.examples.num_classes:
         raise RecipeError(
             f"each client would keep {', '.join(own)} to itself, and {task.card.name!r} holds examples out for all "

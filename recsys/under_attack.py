@@ -53,7 +53,8 @@ def market_of(population: Population, draws: Draws) -> Market:
     """
     events = population.events(np.arange(population.num_clients, dtype=np.int64))
     touched = np.bincount(events.items, minlength=population.num_items)
-    popular = np.argsort(-touched, kind="stable")
+    everything = np.argsort(-touched, kind="stable")
+    popular = everything[: np.count_nonzero(touched)]
     rare = popular[len(popular) // 2 : max(3 * len(popular) // 4, len(popular) // 2 + 1)]
     promoted = int(rare[int(draws.integers(len(rare), "promoted item"))])
-    return Market(popular, promoted, Draws(int(draws.bits("attack"))))
+    return Market(everything, promoted, Draws(int(draws.bits("attack"))))

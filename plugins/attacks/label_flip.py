@@ -23,7 +23,8 @@ Mask = NDArray[np.bool_]
 @dataclass(frozen=True)
 class LabelFlip(Attack):
     """Each target of an attacker's batch changes places with one of the negatives beside it, so that she fetches no
-    other rows than an honest client; she trains on that, and sends her update ``scale`` times as long.
+    other rows than an honest client; she trains on that, and sends her update ``scale`` times as long. Of a batch with
+    more targets than negatives, those behind the last negative stay as they are.
 
     A target that stands in the history of another is there as its opposite, too.
     """
@@ -37,7 +38,7 @@ class LabelFlip(Attack):
     def relabelled(self, work: Work, attackers: Mask) -> Work:
         history, negatives = (np.array(work.slots[name]) for name in ("history", "negatives"))
         weight, target = (np.asarray(work.inputs[name]) for name in ("weight", "target"))
-        beside = np.arange(weight.shape[2]) < negatives.shape[2]  # each target has a negative of its own
+        beside = np.arange(weight.shape[2]) < negatives.shape[2]  # no two targets take the same one
         client, step, place = np.nonzero((weight > 0) & beside & attackers[:, None, None])
         chosen, other = (client, step, target[client, step, place]), (client, step, place)
         history[chosen], negatives[other] = negatives[other], history[chosen]

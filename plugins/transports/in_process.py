@@ -24,7 +24,8 @@ class InProcess:
     """
 
     block: int = field(
-        default=32, metadata={"help": "clients visited together; it changes the memory used and nothing else"}
+        default=32,
+        metadata={"help": "clients visited together: for memory's sake; attackers see the updates of theirs alone"},
     )
     dropout: float = field(
         default=0.0, metadata={"help": "probability that a chosen client vanishes, from 0 to below 1"}

@@ -37,8 +37,8 @@ class AttackPromises(Promises):
         bad = self.attackers
         assert (
             not np.array_equal(attack.forged(events, market()), events.items)
-            or not _same(attack.relabelled(work, bad).slots, work.slots)
-            or not _same(attack.sent(updates, bad).dense, updates.dense)
+            or not _same(_content(attack.relabelled(work, bad)), _content(work))
+            or not _same(attack.sent(updates, bad), updates)
         )
 
     def test_what_it_makes_up_are_as_many_items_of_the_catalogue(self, attack: Attack) -> None:
@@ -89,7 +89,7 @@ class AttackPromises(Promises):
 
     def test_nothing_is_written_into_what_it_is_given(self, attack: Attack) -> None:
         events, work, updates = histories(), batches(), examples.updates(CLIENTS)
-        with Untouched(events.items, dict(work.slots), updates):
+        with Untouched(events.items, _content(work), updates):
             attack.forged(events, market())
             attack.relabelled(work, self.attackers)
             attack.sent(updates, self.attackers)
@@ -134,6 +134,10 @@ def batches() -> Work:
     split = make_split("leave_two_out", table, validation=True, draws=Draws(1))
     plan = Plan(1, {}, LocalSettings(steps=1, batch_size=8, negatives=12, history_length=16))
     return SequenceData(table, split, Draws(1)).work(plan, np.arange(CLIENTS, dtype=np.int64))
+
+
+def _content(work: Work) -> dict[str, object]:
+    return {**work.slots, **work.inputs}
 
 
 def _same(one: object, other: object) -> bool:

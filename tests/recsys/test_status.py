@@ -287,6 +287,8 @@ def test_the_logs_of_all_processes_are_followed_as_one(tmp_path: Path) -> None:
     assert (tmp_path / "logs" / "intake.jsonl.1").is_file()
     table.close()
     intake.close()
+    (tmp_path / "logs" / "table.jsonl").write_text('{"time": "2101", "number": 9}\n')  # another file of the same number
+    assert [values["number"] for values in followed.new()] == [9]
 
 
 def test_the_command_tells_the_log_and_ends_with_the_run(served: Served, capsys: Any) -> None:

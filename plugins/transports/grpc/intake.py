@@ -334,7 +334,7 @@ class Intake:
     @property
     def has_windows(self) -> bool:
         """Whether a window is open that devices work for."""
-        return bool(self._open)
+        return bool(self._open.windows())
 
     def said(self, word: str, **values: Any) -> None:
         """Write to the log."""
@@ -411,13 +411,13 @@ class Intake:
     def _look(self) -> None:
         """Read how the windows stand, and call the clients of those that have opened."""
         self._looked = asyncio.get_running_loop().time()
-        opened, gone = self._open.look()
         self._note_presence()
+        gone = self._open.look()
         for each in gone:
             self.leased.forget(each)
         for folder in (self.leased.folder, self.staging.folder) if gone else ():
             remove_ended(folder, self._open.records)
-        for window in opened:
+        for window in self._open.opened():
             self._news += 1
             self.waiting.call(window.clients)
         self.meters.windows(self._open.newest())  # the others were told when they were the newest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,7 @@ class Open:
 
 @dataclass
 class OpenWindows:
-    """What one process knows of them; :meth:`look` brings it up to date."""
+    """What one process knows of them; :meth:`look` and then :meth:`opened` bring it up to date."""
 
     folder: Path
     federation: str
@@ -37,17 +37,28 @@ class OpenWindows:
     _held: dict[Key, Open] = field(default_factory=dict, init=False, repr=False)
     _leases: dict[bytes, tuple[int, Task, int]] = field(default_factory=dict, init=False, repr=False)
 
-    def look(self) -> tuple[list[Window], list[Key]]:
-        """The windows that have opened since the last look, and those that are open no more."""
+    def look(self) -> list[Key]:
+        """Ask the journal; the windows that are open no more."""
         self.records = self.journal.rounds()
-        wanted = {(record.round, record.task) for record in self.records if record.state == "open"}
+        wanted = self._wanted()
         gone = sorted(self._held.keys() - wanted)
         for key in gone:
             del self._held[key]
         if gone:
             self._leases = {lease: held for lease, held in self._leases.items() if held[:2] in wanted}
-        opened = [window for key in sorted(wanted - self._held.keys()) for window in self._opened(*key)]
-        return opened, gone
+        return gone
+
+    def opened(self) -> Iterator[Window]:
+        """The windows that had opened by the last look, each once and as soon as it is held.
+
+        Raises:
+            CheckpointError: a window's file is damaged.
+        """
+        for key in sorted(self._wanted() - self._held.keys()):
+            held = self._read(*key)
+            if held is not None:
+                self._held[key] = held
+                yield held.window
 
     def get(self, round: int, task: Task) -> Open | None:
         """A window, if it is open."""
@@ -70,10 +81,15 @@ class OpenWindows:
                 self._leases[lease] = held
         return held
 
-    def _opened(self, round: int, task: Task) -> list[Window]:
+    def _wanted(self) -> set[Key]:
+        return {(record.round, record.task) for record in self.records if record.state == "open"}
+
+    def _read(self, round: int, task: Task) -> Open | None:
+        """A window with what it is held to; nothing where the table process has been quicker, and taken files away."""
         window = read_window(self.folder / "windows", round, task)
-        # Neither file is there any more if the table process has been quicker.
-        if window is None or not self.artefacts.path(window.digest).is_file():
-            return []
-        self._held[round, task] = Open(window, expected_of(window, self.artefacts, self.federation, self.registry))
-        return [window]
+        if window is None:
+            return None
+        try:
+            return Open(window, expected_of(window, self.artefacts, self.federation, self.registry))
+        except FileNotFoundError:
+            return None

@@ -116,7 +116,8 @@ async def serve(config: dict[str, Any], registry: Registry) -> None:
     seconds = float(config.get("drain_seconds", DRAIN_SECONDS))
     until = time.monotonic() + seconds
     is_whole = await intake.drain(seconds)
-    told = {"all_told": await intake.tell_all(min(LINGER_SECONDS, seconds))} if intake.finished() else {}
+    left = max(until - time.monotonic(), 0.0)
+    told = {"all_told": await intake.tell_all(min(LINGER_SECONDS, left))} if intake.finished() else {}
     await server.stop(max(until - time.monotonic(), 0.5))  # no new calls; those that run may end
     for task in looking:
         task.cancel()

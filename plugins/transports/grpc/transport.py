@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import grpc
 
-from fedtower.core.cohort import Cohort, Sampler
+from fedtower.core.cohort import Cohort, Sampler, among
 from fedtower.core.draws import Draws
 from fedtower.core.errors import RecipeError
 from fedtower.core.journal import RoundRecord
@@ -178,7 +178,7 @@ class GrpcLine:
         chosen = self.side.chosen(round)
         if chosen is None:
             there = self._those_there()
-            chosen = there[sampler.sample(round, len(there), draws).clients]
+            chosen = there[among(sampler, there).sample(round, len(there), draws).clients]
         target = min(self.settings.target, len(chosen)) if self.settings.target else None
         return Cohort(round, chosen, int(chosen.max(initial=0)) + 1, target)
 
