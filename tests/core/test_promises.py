@@ -498,7 +498,7 @@ MUTANTS = {
             "it_labels_batches_of_the_same_form_and_rows_and_leaves_the_others_alone",
         },
     ),
-    "Scribbling(AttackPromises)": (
+    "Defacing(AttackPromises)": (
         """
         class make(Attack):
             def sent(self, updates, attackers):

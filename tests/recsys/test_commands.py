@@ -54,21 +54,22 @@ def test_run_tells_what_it_does_and_what_to_do_next(run_root: Path, typed: Typed
     assert "sampled, 99 negatives" in model
     assert "sampled, 99 negatives" in popularity
     lines = out.splitlines()
-    assert re.fullmatch(r"down:   [\d.]+ kB a client and visit; with the whole tables [\d.]+ times as much", lines[-4])
-    assert len(lines[-4]) <= 80
-    assert lines[-3].startswith("index:  exact, 200 items: recall@10 1.000")
-    assert lines[-2] == "report: runs/dssm-synthetic-1/report.html"
-    assert lines[-1].startswith("next:   fedtower run runs/dssm-synthetic-1/recipe.toml -o mode=standalone")
+    assert re.fullmatch(r"down:   [\d.]+ kB a client and visit; with the whole tables [\d.]+ times as much", lines[-5])
+    assert len(lines[-5]) <= 80
+    assert lines[-4].startswith("index:  exact, 200 items: recall@10 1.000")
+    assert lines[-3] == "report: runs/dssm-synthetic-1/report.html"
+    assert lines[-2] == "next:   fedtower run runs/dssm-synthetic-1/recipe.toml -o mode=standalone"
+    assert lines[-1] == "        trains the same model centrally"
     assert (run_root / "runs/dssm-synthetic-1/report.html").stat().st_size > 10_000
 
 
 def test_the_next_command_that_it_names_works_and_names_another(run_root: Path, typed: Typed, options: Options) -> None:
     _, out, _ = typed("run", "dssm-synthetic", *options({"rounds": 1, "standalone.epochs": 2}))
-    words = out.splitlines()[-1].removeprefix("next:").split("(")[0].split()
+    words = out.splitlines()[-2].removeprefix("next:").split()
     code, out, err = typed(*words[1:])
     assert (code, err) == (0, "")
     assert "epoch 2/2" in out
-    assert out.splitlines()[-1].startswith("next:   fedtower report runs/dssm-synthetic-2 OTHER-RUN")
+    assert out.splitlines()[-2] == "next:   fedtower report runs/dssm-synthetic-2 OTHER-RUN"
     code, out, _ = typed("report", "runs/dssm-synthetic-2", "runs/dssm-synthetic-1")
     assert code == 0
     assert "report.html" in out
@@ -79,7 +80,7 @@ def test_resume_goes_on_and_ends_like_run(run_root: Path, typed: Typed, run_copy
     assert (code, err) == (0, "")
     rounds = [line.split()[1] for line in out.splitlines() if line.startswith("round ")]
     assert rounds == ["5/6", "6/6"]
-    assert out.splitlines()[-2] == f"report: {run_copy}/report.html"
+    assert f"report: {run_copy}/report.html" in out.splitlines()
 
 
 def test_evaluate_prints_the_figures_of_the_summary(typed: Typed, federated_run: Run) -> None:

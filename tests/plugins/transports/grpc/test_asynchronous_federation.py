@@ -68,12 +68,14 @@ def kill(run: Served, rounds: int, kills: int) -> None:
     draws = np.random.default_rng(9)
     for number in range(kills):
         run.wait_for(lambda: run.rounds() >= number * rounds // kills - 1)  # noqa: B023
-        time.sleep(float(draws.uniform(0.0, 1.5)))
+        time.sleep(float(draws.uniform(0.0, 0.5)))
         name = ("table", "intake")[number % 2]
         pid = run.pid(name)
-        if run.server.poll() is None:
+        try:
             os.kill(pid, signal.SIGKILL)
-            run.wait_for(lambda: run.pid(name) != pid)  # noqa: B023
+        except ProcessLookupError:  # the last round is over, and the process has ended
+            return
+        run.wait_for(lambda: run.pid(name) != pid)  # noqa: B023
 
 
 def as_acknowledged(run: Served, kept: KeptSteps, rounds: int) -> None:
