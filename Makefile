@@ -3,7 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 PACKAGING := setup.cfg pyproject.toml fedtower/__init__.py requirements/fbgemm-gpu-cpu-shim/pyproject.toml
-WORKERS ?= 2
+# One more than the cores it is meant for: many tests wait for a server or a child.
+WORKERS ?= 3
 
 .PHONY: help run test soak format protos bench
 .DEFAULT_GOAL := help
