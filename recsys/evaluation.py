@@ -163,10 +163,14 @@ def _rank_all(
     settings: EvaluationSettings,
     clients: IntArray,
 ) -> None:
-    for start in range(0, len(clients), settings.batch_size):
-        cases = make_cases(population, split, clients[start : start + settings.batch_size], role)
-        for batch in cases.batches(settings.batch_size):
-            tally.add(batch, *protocol.rank(scorer, population, batch))
+    for batch in case_batches(population, split, clients, role, settings.batch_size):
+        tally.add(batch, *protocol.rank(scorer, population, batch))
+
+
+def case_batches(population: Population, split: Split, clients: IntArray, role: Role, size: int) -> Iterator[Cases]:
+    """The cases of ``clients``, at most ``size`` at a time, of so many clients at most."""
+    for start in range(0, len(clients), size):
+        yield from make_cases(population, split, clients[start : start + size], role).batches(size)
 
 
 def make_cases(population: Population, split: Split, clients: IntArray, role: Role) -> Cases:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtower.recsys.evaluation import Cases, Role, Scorer, make_cases
+from fedtower.recsys.evaluation import Cases, Role, Scorer, case_batches
 from fedtower.recsys.metrics import check_scores
 from fedtower.recsys.population import Population
 from fedtower.recsys.splits import Split
@@ -33,11 +33,9 @@ def exposure(
     Zhang et al., 2022, https://arxiv.org/abs/2110.10926 (PipAttack). Lists are made at the moment of the cases of
     ``role``, one a case; ties count against the item.
     """
-    size, places = settings.batch_size, [np.zeros(0, dtype=np.int64)]
-    for start in range(0, len(clients), size):
-        cases = make_cases(population, split, clients[start : start + size], role)
-        places += [_places(scorer, population, batch, item) for batch in cases.batches(size)]
-    place = np.concatenate(places)
+    batches = case_batches(population, split, clients, role, settings.batch_size)
+    places = [_places(scorer, population, batch, item) for batch in batches]
+    place = np.concatenate([np.zeros(0, dtype=np.int64), *places])
     return {f"ER@{k}": float(np.mean(place < k)) if len(place) else float("nan") for k in settings.k}
 
 
