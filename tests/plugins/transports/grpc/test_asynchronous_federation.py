@@ -74,6 +74,7 @@ def kill(run: Served, rounds: int, kills: int) -> None:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:  # the last round is over, and the process has ended
+            assert number >= 2, "the run was over before both processes had been killed"
             return
         run.wait_for(lambda: run.pid(name) != pid)  # noqa: B023
 
