@@ -18,7 +18,7 @@ from fedtower.core.asynchronous import run_async
 from fedtower.core.checkpoint import Attachments, grouped
 from fedtower.core.client import ClientSide, Preparing, VisitCosts
 from fedtower.core.cohort import Informed, Sampler
-from fedtower.core.control import is_variate, without_variates
+from fedtower.core.control import without_variates
 from fedtower.core.draws import Draws
 from fedtower.core.errors import CheckpointError, RecipeError
 from fedtower.core.hooks import Hooks
@@ -30,7 +30,7 @@ from fedtower.core.server import Schedule, ServerState
 from fedtower.core.store import ClientStore
 from fedtower.core.transport import OwnTime, Simulates
 from fedtower.recsys.controls import with_controls
-from fedtower.recsys.ditto import PERSONAL, with_copies
+from fedtower.recsys.ditto import with_copies
 from fedtower.recsys.evaluation import Evaluation, Role
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.models import Declared
@@ -38,9 +38,10 @@ from fedtower.recsys.personal import kept, tune
 from fedtower.recsys.placed import placed
 from fedtower.recsys.processes import ALONE, Processes
 from fedtower.recsys.public_rows import PublicRows
+from fedtower.recsys.refusals import refuse_half, refuse_personal, refuse_unjudged
 from fedtower.recsys.root_update import RootUpdate
 from fedtower.recsys.tables import CloudTables
-from fedtower.recsys.tasks import Histories, Labelled, Task
+from fedtower.recsys.tasks import Task
 
 FloatArray = NDArray[np.float32]
 Arrays = Mapping[str, NDArray[Any]]
@@ -189,11 +190,11 @@ class Federated:
 
     def __init__(self, setting: Setting) -> None:
         recipe, make = setting.recipe, setting.registry.make
-        _refuse_half(recipe)
-        _refuse_personal(setting)
+        refuse_half(recipe)
+        refuse_personal(recipe, setting.task)
         self._setting = setting
         self._model = assemble_spread(setting)
-        _refuse_unjudged(setting, self._model.declared)
+        refuse_unjudged(recipe, setting.task, self._model.declared)
         self._public = _public_rows(setting, self._model)
         transforms = [make("transform", part, path=f"transforms.{i}") for i, part in enumerate(recipe.transforms)]
         optimizer = make("server_optimizer", recipe.server.part, path="server")
@@ -335,54 +336,6 @@ def _sampler_of(setting: Setting) -> Sampler:
             f"knows that of devices until they have sent an update: set cohort.name = 'uniform'"
         )
     return sampler.knowing(setting.task.examples_held)
-
-
-def _refuse_half(recipe: Recipe) -> None:
-    """Raise RecipeError for a recipe with one half of FedDyn: the clients' without the server's, or the other way."""
-    clients, server = recipe.local.control == "feddyn", recipe.server.part.name == "feddyn"
-    if clients != server:
-        raise RecipeError(
-            f"FedDyn has two halves, and this recipe has the {'clients' if clients else 'server'}'s alone: set both "
-            f"local.control = 'feddyn' and server.optimizer = 'feddyn', or neither"
-        )
-
-
-def _refuse_personal(setting: Setting) -> None:
-    """Raise RecipeError where clients cannot judge models of their own."""
-    recipe = setting.recipe
-    if not recipe.evaluation.personal:
-        return
-    if recipe.mode == "deployed":
-        raise RecipeError(
-            'evaluation.personal = true is for mode = "simulated": devices judge the model that they are sent; set it '
-            "to false"
-        )
-    copies = recipe.local.ditto is not None and isinstance(setting.task, Labelled)
-    if not isinstance(setting.task, Histories) and not copies:
-        raise RecipeError(
-            f"evaluation.personal = true needs held-out items of each client's own, and {setting.task.card.name!r} "
-            f"holds examples out for all clients together; set it to false, or local.ditto, whose copies can be judged"
-        )
-
-
-def _refuse_unjudged(setting: Setting, declared: Declared) -> None:
-    """Raise RecipeError where models differ from client to client and what is held out belongs to none of them: only of
-    classes can it be told which examples are like a client's own.
-    """
-    own = [name for name in declared.on_device if not is_variate(name)]
-    task = setting.task
-    kept = [name for name in own if not name.startswith(PERSONAL)]
-    if kept and isinstance(task, Labelled) and setting.recipe.mode == "deployed":
-        raise RecipeError(
-            f"devices judge labelled examples with the model that they are sent, and {', '.join(kept)} would stay with "
-            f'each of them: leave local.on_device out, or set mode = "simulated"'
-        )
-    if own and isinstance(task, Labelled) and setting.recipe.mode == "simulated" and not task.examples.num_classes:
-        raise RecipeError(
-            f"each client would keep {', '.join(own)} to itself, and {task.card.name!r} holds examples out for all "
-            f"clients together, so nobody could judge the models: leave local.on_device and local.ditto out, or choose "
-            f"a data set of histories or of classes"
-        )
 
 
 def _public_rows(setting: Setting, model: Assembled) -> PublicRows | None:
