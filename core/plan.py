@@ -73,6 +73,13 @@ class LocalSettings:
         },
     )
     negatives: int = field(default=200, metadata={"help": "items drawn uniformly a step that the user did not choose"})
+    negatives_from: Literal["untouched", "untrained"] = field(
+        default="untouched",
+        metadata={
+            "help": "untouched: no negative is an item that is held out for the client; untrained: one may be, as on a "
+            "device, which does not know its future"
+        },
+    )
     history_length: int = field(default=100, metadata={"help": "at most this many events before a target"})
 
     def __post_init__(self) -> None:
@@ -102,6 +109,11 @@ class LocalSettings:
         if self.negatives < 1 and self.loss != "in_batch_softmax":
             raise RecipeError(
                 f"local.negatives must be at least 1 for the loss {self.loss!r}: positives alone teach nothing"
+            )
+        if self.negatives_from != "untouched" and self.loss == "in_batch_softmax":
+            raise RecipeError(
+                f"local.negatives_from = {self.negatives_from!r} says which items are drawn, and local.loss = "
+                f"'in_batch_softmax' draws none: its negatives are the batch's other items; leave it out"
             )
 
     def _check_personal(self) -> None:

@@ -44,19 +44,26 @@ class SequenceData:
     draws: Draws
 
     def work(self, plan: Plan, clients: IntArray) -> Work:
-        """One visit of each client. Raises LeakError if a held-out item is among the rows it would train on."""
+        """One visit of each client.
+
+        Raises:
+            LeakError: a held-out item is in a history that it would train on, or is a target, or is a negative where
+                ``local.negatives_from`` spares held-out items.
+        """
         local = plan.local
         events = self.population.events(clients)
         role = self.split.parts(events).role
         seen = training_events(events, role)
         target, start = self._targets(seen, plan)
         history = _stretches(seen, start, span_of(local) + local.history_length)
+        spared = local.negatives_from == "untouched"
         negatives = uniform_negatives(
-            events, self.population.num_items, target.shape[1], local.negatives, self.draws, plan.round
+            events if spared else seen,
+            *(self.population.num_items, target.shape[1], local.negatives, self.draws, plan.round),
         )
         _ask_for_nothing_more(history, negatives, target, empty=seen.lengths == 0)
         needed, where = localise(np.concatenate([history, negatives], axis=2).reshape(len(clients), -1))
-        refuse_held_out(events, role, needed)
+        refuse_held_out(events, role, needed if spared else _in_histories(history, empty=seen.lengths == 0))
 
         where = where.reshape(*history.shape[:2], -1)
         weight = (target >= 0).astype(np.float32)
@@ -164,6 +171,16 @@ def refuse_held_out(events: Events, role: NDArray[np.int8], needed: RowIds) -> N
             f"a history item, a "
             f"target or a negative; every figure of this run would be worthless, so it stops here"
         )
+
+
+def _in_histories(history: IntArray, empty: NDArray[np.bool_]) -> RowIds:
+    """The rows of each client's histories and targets; of a history without events, whose slots are filled with
+    negatives, none.
+    """
+    rows, _ = localise(history.reshape(len(history), -1)[~empty])
+    counts = np.zeros(len(history), dtype=np.int64)
+    counts[~empty] = np.diff(rows.offsets)
+    return RowIds(np.concatenate([[0], np.cumsum(counts)]), rows.ids)
 
 
 def _stretches(seen: Events, start: IntArray, window: int) -> IntArray:

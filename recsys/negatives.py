@@ -23,9 +23,10 @@ _LARGEST_TABLE = 1 << 23
 
 
 def uniform_negatives(events: Events, num_items: int, steps: int, count: int, draws: Draws, round: int) -> IntArray:
-    """Items drawn uniformly, with replacement, from those that each client never touched, held-out items included.
+    """Items drawn uniformly, with replacement, from those that are in none of a client's ``events``.
 
-    Keyed by (round, client, step, position): the same negatives whatever block the client is visited in.
+    Given all of them, no negative is a held-out item; given the training events alone, one may be. Keyed by (round,
+    client, step, position): the same negatives whatever block the client is visited in.
 
     Shape:
         C clients -> (C, steps, count)

@@ -121,7 +121,7 @@ def make_task(data: Population | ExampleSet, recipe: Recipe, draws: Draws) -> Ta
     share = recipe.rows.public.share
     if isinstance(data, ExampleSet):
         check_labels(recipe.local.loss, data.num_classes)
-        _refuse_split(recipe, data.card.name)
+        _refuse_histories(recipe, data.card.name)
         if not share:
             return Labelled(data, recipe, draws)
         stay, public = (PartOfExamples(data, members) for members in set_apart(data.num_clients, share, draws))
@@ -141,8 +141,10 @@ def make_task(data: Population | ExampleSet, recipe: Recipe, draws: Draws) -> Ta
     return Histories(ours, recipe, draws, replace(split, population=ours), public_task)
 
 
-def _refuse_split(recipe: Recipe, name: str) -> None:
-    """Raise RecipeError where a recipe splits histories and the data holds labelled examples, which nothing splits."""
+def _refuse_histories(recipe: Recipe, name: str) -> None:
+    """Raise RecipeError where a recipe splits histories, or says what is drawn beside them, and the data holds labelled
+    examples.
+    """
     for field in fields(DataSection):
         if field.default is not MISSING and getattr(recipe.data, field.name) != field.default:
             raise RecipeError(
@@ -150,6 +152,11 @@ def _refuse_split(recipe: Recipe, name: str) -> None:
                 f"{name!r} holds labelled examples, of which the data set itself says what is held out; leave "
                 f"data.{field.name} out"
             )
+    if recipe.local.negatives_from != "untouched":
+        raise RecipeError(
+            f"local.negatives_from = {recipe.local.negatives_from!r} says which items are drawn as negatives, but "
+            f"{name!r} holds labelled examples, for which none are drawn; leave it out"
+        )
 
 
 def _draws_of_public(draws: Draws) -> Draws:

@@ -75,6 +75,7 @@ def test_loading_writes_out_the_settings_of_every_part(tmp_path: Path, registry:
         ("evaluation.k=[]", r"evaluation\.k must be list lengths"),
         ("signer=wax", "no plugin offers the signer 'wax'"),
         ("mode=standalon", "did you mean 'standalone'"),
+        ("local.negatives_from=any", r'local\.negatives_from must be "untouched" or "untrained", but is \'any\''),
         ("rounds", "an override is key=value"),
         ("=3", "an override is key=value"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ PopulationOf = Callable[..., EventTable]
 
 DRAWS = Draws(1)
 LOCAL = LocalSettings(epochs=1, batch_size=4, negatives=500, history_length=3)
+UNTRAINED = replace(LOCAL, negatives_from="untrained")
 
 
 @dataclass(frozen=True)
@@ -41,22 +42,22 @@ class WithRepeats:
     """A population that gives a client an item twice, as no data set may."""
 
     table: EventTable
-    items: tuple[int, ...]
+    histories: tuple[tuple[int, ...], ...]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.table, name)
 
     def events(self, clients: Any) -> Events:
-        items = np.array(self.items, dtype=np.int64)
-        times = np.arange(len(items), dtype=np.int64)
-        return Events(clients, np.array([0, len(items)]), items, times, np.ones(len(items), np.float32))
+        items = np.array([item for client in clients for item in self.histories[client]], dtype=np.int64)
+        offsets = np.cumsum([0, *(len(self.histories[client]) for client in clients)])
+        return Events(clients, offsets, items, np.arange(len(items)), np.ones(len(items), np.float32))
 
 
-def work(population_of: PopulationOf, *items: int) -> Any:
+def work(population_of: PopulationOf, *items: int, local: LocalSettings = LOCAL) -> Any:
     """A visit of one client with these events, the last of them held out."""
-    population: Any = WithRepeats(population_of([[0]], 60), items)
+    population: Any = WithRepeats(population_of([[0]], 60), (items,))
     split: Any = Careless()
-    return SequenceData(population, split, DRAWS).work(Plan(1, {}, LOCAL), np.array([0]))
+    return SequenceData(population, split, DRAWS).work(Plan(1, {}, local), np.array([0]))
 
 
 def test_without_a_leak_nothing_is_caught(population_of: PopulationOf) -> None:
@@ -83,6 +84,39 @@ def test_a_held_out_item_among_the_negatives_is_caught(
     monkeypatch.setattr(batches, "uniform_negatives", of_all_items)
     with pytest.raises(LeakError, match="as a history item, a target or a negative"):
         work(population_of, 1, 2, 3, 4, 9)
+
+
+@pytest.mark.parametrize(("local", "left_out"), [(LOCAL, {1, 2, 3, 4, 9}), (UNTRAINED, {1, 2, 3, 4})])
+def test_negatives_are_all_items_but_those_touched_or_but_those_trained_on(
+    population_of: PopulationOf, local: LocalSettings, left_out: set[int]
+) -> None:
+    made = work(population_of, 1, 2, 3, 4, 9, local=local)
+    drawn = made.row_ids["item"].ids[made.slots["negatives"]]
+    assert set(drawn.ravel().tolist()) == set(range(60)) - left_out
+    assert set(made.row_ids["item"].ids[made.slots["history"]].ravel().tolist()) == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("items", [(9, 2, 3, 4, 9), (1, 2, 3, 9, 9)], ids=["history", "target"])
+def test_where_negatives_may_be_held_out_histories_and_targets_may_not(
+    population_of: PopulationOf, items: tuple[int, ...]
+) -> None:
+    with pytest.raises(LeakError, match="item row 9 is held out for client 0"):
+        work(population_of, *items, local=UNTRAINED)
+
+
+def test_a_client_without_training_events_may_be_given_what_is_held_out_for_it(population_of: PopulationOf) -> None:
+    def visits(*histories: tuple[int, ...]) -> Any:
+        population: Any = WithRepeats(population_of([[0]], 12), histories)
+        split: Any = Careless()
+        return SequenceData(population, split, DRAWS).work(Plan(1, {}, UNTRAINED), np.arange(len(histories)))
+
+    made = visits((7,), (1, 2, 3, 9))
+    assert made.examples.tolist() == [0, 2]
+    assert made.row_ids["item"].of(0).tolist() == list(range(12))
+    assert made.row_ids["item"].of(1).tolist() == list(range(12))
+    assert visits((7,)).row_ids["item"].ids.tolist() == list(range(12))
+    with pytest.raises(LeakError, match="item row 9 is held out for client 1"):
+        visits((7,), (9, 2, 3, 9))
 
 
 @pytest.mark.parametrize("role", [TEST, VALIDATION])

@@ -84,14 +84,20 @@ def test_all_shards_give_the_work_of_the_data(folder: Path, histories: tuple[Any
     assert loaded.item_name(4) == data.item_name(4)
 
 
-def test_a_device_that_has_one_shard_gets_the_work_of_its_client(folder: Path, histories: tuple[Any, Split]) -> None:
+@pytest.mark.parametrize("negatives_from", ["untouched", "untrained"])
+def test_a_device_that_has_one_shard_gets_the_work_of_its_client(
+    folder: Path, histories: tuple[Any, Split], negatives_from: Any
+) -> None:
     data, split = histories
     shard = read_shard(folder / "client-000005.safetensors")
     alone = opened(None, [shard])
     assert isinstance(alone, ShardedHistories)
     given = make_split("given", alone, validation=True, draws=DRAWS)
-    one, plan = np.array([5]), Plan(3, {}, LOCAL)
-    same_work(SequenceData(data, split, DRAWS).work(plan, one), SequenceData(alone, given, DRAWS).work(plan, one))
+    one, plan = np.array([5]), Plan(3, {}, replace(LOCAL, negatives=400, negatives_from=negatives_from))
+    work = SequenceData(alone, given, DRAWS).work(plan, one)
+    same_work(SequenceData(data, split, DRAWS).work(plan, one), work)
+    held_out = alone.events(one).items[given.parts(alone.events(one)).role != 0]
+    assert np.isin(held_out, work.row_ids["item"].ids).all() == (negatives_from == "untrained")
     with pytest.raises(IndexError, match="client 4 here: these are the shards of client 5"):
         alone.events(np.array([4]))
 

@@ -17,6 +17,7 @@ from fedtower.core.cli import call
 from fedtower.core.draws import Draws
 from fedtower.core.errors import RecipeError
 from fedtower.core.hooks import Hooks
+from fedtower.core.plan import LocalSettings
 from fedtower.core.recipe import Recipe, load_recipe
 from fedtower.core.registry import discover
 from fedtower.core.rows import RowStore
@@ -249,6 +250,13 @@ def test_how_histories_are_split_is_no_setting_of_examples(setting: str) -> None
     name = setting.partition("=")[0]
     with pytest.raises(RecipeError, match=rf"data\.{name} = .* says how histories are split.*leave data\.{name} out"):
         labelled(overrides=(f"data.{setting}",))
+
+
+def test_where_no_negatives_are_drawn_nobody_says_of_which_items() -> None:
+    with pytest.raises(RecipeError, match=r"local\.negatives_from = 'untrained' .* holds labelled examples"):
+        labelled(overrides=("local.negatives_from='untrained'",))
+    with pytest.raises(RecipeError, match=r"'in_batch_softmax' draws none"):
+        LocalSettings(steps=1, loss="in_batch_softmax", negatives_from="untrained")
 
 
 @pytest.mark.parametrize("name", ["fedavg-mnist-mlp", "fedsgd-mnist-mlp", "fedavg-mnist-lenet5"])

@@ -24,6 +24,7 @@ SMALL = {
     "model.user_vector": True,
     "local.batch_size": 16,
     "local.negatives": 20,
+    "local.negatives_from": "untrained",  # what may be drawn is in the plan, and devices draw it
     "local.history_length": 20,
     "cohort.size": 3,
     "rounds": ROUNDS,

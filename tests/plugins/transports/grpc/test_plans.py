@@ -43,6 +43,7 @@ locals_ = st.builds(
     lr=st.floats(0, 10),
     optimizer=st.sampled_from(["sgd", "momentum", "adam", "adagrad"]),
     frozen=st.lists(names, max_size=2).map(tuple),
+    negatives_from=st.sampled_from(["untouched", "untrained"]),
     row_lr=st.none() | st.floats(0, 1),
 )
 plans = st.builds(
