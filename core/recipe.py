@@ -35,6 +35,7 @@ __all__ = [
     "load_recipe",
     "override_values",
     "parse_recipe",
+    "written_out",
 ]
 
 
@@ -290,6 +291,21 @@ def check(recipe: Recipe, registry: Registry) -> Recipe:
     registry.restrict(Gate("the recipe's [plugins]", recipe.plugins.allow, recipe.plugins.block))
     registry.get("signer", recipe.signer)
     refuse_unfit(recipe.transforms, recipe.aggregator, registry, recipe.local.control)
+    whole = written_out(recipe, registry)
+    if whole.cohort.asked is not whole.cohort.part:
+        registry.make("sampler", whole.cohort.asked, path="cohort")
+    _refuse_weighing_twice(whole, registry)
+    if whole.asynchronous is not None and whole.mode != "standalone":
+        _check_asynchronous(whole, whole.asynchronous, registry)
+    return whole
+
+
+def written_out(recipe: Recipe, registry: Registry) -> Recipe:
+    """The recipe with all settings of its parts, defaults too; nothing but that every part can be made is checked.
+
+    Two recipes that ask for the same are equal then, whichever settings were said, or known when they were written.
+    A part whose library is not installed keeps the settings that it has.
+    """
     values = recipe.to_dict()
     for path, kind, part in recipe.parts():
         section, _, place = path.partition(".")
@@ -298,13 +314,7 @@ def check(recipe: Recipe, registry: Registry) -> Recipe:
         except MissingDependency:
             continue
         (values[section][int(place)] if place else values[section]).update(settings_of(made))
-    whole = parse_recipe(values)
-    if whole.cohort.asked is not whole.cohort.part:
-        registry.make("sampler", whole.cohort.asked, path="cohort")
-    _refuse_weighing_twice(whole, registry)
-    if whole.asynchronous is not None and whole.mode != "standalone":
-        _check_asynchronous(whole, whole.asynchronous, registry)
-    return whole
+    return parse_recipe(values)
 
 
 def _refuse_weighing_twice(recipe: Recipe, registry: Registry) -> None:

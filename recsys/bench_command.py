@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -52,7 +53,8 @@ def bench(
     """Run a suite of recipes over seeds, and lay their figures side by side.
 
     What is done already is not run again, and a run that was stopped goes on: after an interruption, give the same
-    command. Results are in DIR: results.json, results.md and report.html.
+    command. Results are in DIR: results.json, results.md and report.html, of all that is finished there with the same
+    options, whatever --only and --seeds choose to run.
 
     \b
     Examples:
@@ -69,12 +71,15 @@ def bench(
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, stderr=as_json)
+    running = Bench(suite, folder, registry)
     finished: list[Finished] = []
     with RunFolder(folder).locked(), Shown(console, suite) as shown:
-        for run in Bench(suite, folder, registry).runs(tasks, shown):
+        beside = running.beside(tasks, quick=quick, options=options)
+        results = Results(name, suite, quick, tuple(beside), len(beside) + len(tasks))
+        for run in running.runs(tasks, shown):
             finished.append(run)
-            _write(folder, Results(name, suite, quick, tuple(finished), len(tasks)))
-    results = Results(name, suite, quick, tuple(finished), len(tasks))
+            results = replace(results, runs=(*results.runs, run))
+            _write(folder, results)
     if as_json:
         click.echo(json.dumps(results.to_dict()))
     else:

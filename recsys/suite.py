@@ -228,14 +228,24 @@ def tasks_of(
     if unknown is not None:
         raise RecipeError(f"the suite has no entry {unknown!r}{nearest(unknown, names)}; it has {', '.join(names)}")
     chosen = suite.rows(only or (suite.quick.entries if quick else ()))
-    found = []
-    for seed in seeds or (suite.quick.seeds if quick else suite.seeds):
-        for entry in chosen:
-            said = [*suite.options, *entry.options, *((*suite.quick.options, *entry.quick) if quick else ()), *options]
-            all_options = (*said, f"seed={seed}", f"name={entry.name}-s{seed}")
-            try:
-                recipe = load_recipe(entry.recipe, all_options, registry)
-            except RecipeError as error:
-                raise RecipeError(f"the entry {entry.name!r}: {error}") from error
-            found.append(Task(entry, seed, all_options, recipe))
-    return found
+    all_seeds = seeds or (suite.quick.seeds if quick else suite.seeds)
+    return [
+        task_of(suite, entry, seed, registry, quick=quick, options=options) for seed in all_seeds for entry in chosen
+    ]
+
+
+def task_of(
+    suite: Suite, entry: Entry, seed: int, registry: Registry, *, quick: bool = False, options: Sequence[str] = ()
+) -> Task:
+    """One run of an entry.
+
+    Raises:
+        RecipeError: its recipe or the options are wrong.
+    """
+    said = [*suite.options, *entry.options, *((*suite.quick.options, *entry.quick) if quick else ()), *options]
+    all_options = (*said, f"seed={seed}", f"name={entry.name}-s{seed}")
+    try:
+        recipe = load_recipe(entry.recipe, all_options, registry)
+    except RecipeError as error:
+        raise RecipeError(f"the entry {entry.name!r}: {error}") from error
+    return Task(entry, seed, all_options, recipe)

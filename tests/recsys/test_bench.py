@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from rich.console import Console
 
 from fedtower.core.cli import call
@@ -135,6 +137,47 @@ def test_a_run_folder_of_another_version_is_left_alone(place: Path) -> None:
     (older / "recipe.toml").write_text('name = "small-s1"\nwhat_there_was = 3\n')
     assert call(["bench", "sizes", "--seeds", "1", "--only", "small"]) == 0
     assert set(runs(place)) == {"small-s1-2"}
+
+
+def test_a_setting_that_a_run_did_not_know_was_at_its_default(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["bench", "sizes", "--seeds", "1", "--only", "small"]) == 0
+    written = place / "bench/sizes/runs/small-s1-1/recipe.toml"
+    held = tomllib.loads(written.read_text())
+    for section, setting in (("model", "user_vector"), ("transport", "block"), ("local", "negatives_from")):
+        del held[section][setting]  # of a model, of a transport, and of the recipe itself
+    written.write_text(tomli_w.dumps(held))
+    capsys.readouterr()
+    assert call(["bench", "sizes", "--seeds", "1", "--only", "small"]) == 0
+    assert "done before" in capsys.readouterr().out
+    held["model"]["user_vector"] = True
+    written.write_text(tomli_w.dumps(held))
+    assert call(["bench", "sizes", "--seeds", "1", "--only", "small"]) == 0
+    assert set(runs(place)) == {"small-s1-1", "small-s1-2"}
+
+
+def test_one_entry_alone_leaves_the_results_of_the_others(place: Path) -> None:
+    def told() -> dict[tuple[str, int], dict[str, float]]:
+        return {(run["entry"], run["seed"]): run["figures"] for run in results(place)["runs"]}
+
+    assert call(["bench", "sizes", "--seeds", "1,2", "--only", "small"]) == 0
+    small = told()
+    assert set(small) == {("small", 1), ("small", 2)}
+    assert call(["bench", "sizes", "--seeds", "1", "--only", "large"]) == 0
+    both = told()
+    assert set(both) == {*small, ("large", 1)}
+    assert {key: both[key] for key in small} == small
+    (row,) = (each for each in results(place)["tables"][0]["rows"] if each["entry"] == "large")
+    apart = both["large", 1]["HR@10"] - both["small", 1]["HR@10"]
+    assert row["differences"]["HR@10"]["mean"] == pytest.approx(apart)
+    page = (place / "bench/sizes/results.md").read_text()
+    assert "| small" in page
+    assert "Seeds 1, 2;" in page
+    # Other options, and a run that did not come to its end, are none of these results.
+    (place / "bench/sizes/runs/small-s2-1/summary.json").unlink()
+    assert call(["bench", "sizes", "--seeds", "1", "--only", "large", "-o", "rounds=2"]) == 0
+    assert set(told()) == {("large", 1)}
+    assert call(["bench", "sizes", "--seeds", "1", "--only", "large"]) == 0
+    assert told() == {key: both[key] for key in (("small", 1), ("large", 1))}
 
 
 def test_one_that_fails_is_told_and_the_others_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
