@@ -52,7 +52,9 @@ class Attack:
         return work
 
     def sent(self, updates: Updates, attackers: Mask) -> Updates:
-        """What arrives of a block; the updates of the others stay as they are. Attackers see all of the block."""
+        """What arrives of a block; the updates of the others stay as they are. Attackers see all of the block, which is
+        the whole cohort where the attack's offer has the capability ``whole_cohort``: other recipes are refused then.
+        """
         return updates
 
 

@@ -23,11 +23,11 @@ Mask = NDArray[np.bool_]
 @dataclass(frozen=True)
 class ALIE(Attack):
     r"""Every attacker sends :math:`\mu - z \sigma`, the mean less z deviations of each coordinate, over the updates of
-    her block before any of them was replaced; a row's are over the clients that touched it.
+    the cohort before any of them was replaced; a row's are over the clients that touched it.
 
     The paper's attackers know one another's updates alone; these see everybody's. Without ``z`` it is the paper's
     :math:`z^{max}`, by which so many honest clients lie further out that with the attackers they are a majority; its
-    authors' own program takes 1.5. Attackers see the block they are in: ``transport.block`` should hold the cohort.
+    authors' own program takes 1.5.
     """
 
     z: float | None = field(
@@ -76,4 +76,9 @@ def _hidden(part: Rows, attackers: Mask, z: float) -> Rows:
 
 @hookimpl
 def fedtower_register(registry: Registry) -> None:
-    registry.attack("alie", "fedtower.plugins.attacks.alie:ALIE", summary="hidden in the spread, all on one side")
+    registry.attack(
+        "alie",
+        "fedtower.plugins.attacks.alie:ALIE",
+        summary="hidden in the spread, all on one side",
+        capabilities={"whole_cohort": True},
+    )

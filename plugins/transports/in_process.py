@@ -24,8 +24,7 @@ class InProcess:
     """
 
     block: int = field(
-        default=32,
-        metadata={"help": "clients visited together: for memory's sake; attackers see the updates of theirs alone"},
+        default=32, metadata={"help": "clients visited together: for memory's sake; it changes no figure"}
     )
     dropout: float = field(
         default=0.0, metadata={"help": "probability that a chosen client vanishes, from 0 to below 1"}

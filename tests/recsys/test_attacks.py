@@ -12,8 +12,10 @@ import pytest
 import fedtower
 from fedtower.core.draws import Draws
 from fedtower.core.errors import RecipeError
-from fedtower.core.recipe import load_recipe
+from fedtower.core.recipe import CohortSection, Part, load_recipe
 from fedtower.core.registry import Registry
+from fedtower.core.staleness import AsynchronousSettings
+from fedtower.core.testing.promises import assert_same_bits
 from fedtower.recsys.tasks import Histories
 from fedtower.recsys.training import Federated, Setting
 from fedtower.recsys.under_attack import besieged
@@ -97,6 +99,49 @@ def test_an_attack_changes_what_is_learnt(name: str, setting_of: SettingOf) -> N
     given = {"attack.name": name, "attack.share": 0.2, "transport.block": 12}
     with_it, without = (learnt(attacked(setting_of({**given, "attack.share": share})), 3) for share in (0.2, 0.0))
     assert any(not np.array_equal(value, without[name]) for name, value in with_it.items())
+
+
+ALIE = {"attack.name": "alie", "attack.share": 0.25}
+
+
+def test_what_is_made_of_the_whole_cohort_does_not_depend_on_the_block(setting_of: SettingOf) -> None:
+    just, wider = (learnt(attacked(setting_of({**ALIE, "transport.block": block})), 2) for block in (12, 50))
+    assert_same_bits(just, wider)
+
+
+def in_process(block: int) -> Part:
+    return Part("in_process", {"block": block, "dropout": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"transport": in_process(11)}, r"'alie' .* transport\.block = 11 .*: set transport\.block = 12,"),
+        (
+            {"transport": in_process(32), "cohort": CohortSection(Part("uniform", {"size": 90}))},
+            r"set transport\.block = 60, as many as a cohort may have",
+        ),
+        (
+            {"transport": in_process(59), "cohort": CohortSection(Part("poisson", {"client_rate": 0.1}))},
+            r"set transport\.block = 60,",
+        ),
+        ({"cohort": CohortSection(Part("uniform", {"size": 9}), 1.5)}, r"leave cohort\.over_selection out"),
+        ({"asynchronous": AsynchronousSettings(buffer=3)}, r"leave \[asynchronous\] out"),
+        ({"transport": Part("hers")}, r"'hers' has no setting `block` .* transport\.name = \"in_process\""),
+    ],
+)
+def test_what_is_made_of_the_whole_cohort_is_refused_where_it_comes_in_parts(
+    other: Mapping[str, Any], words: str, setting_of: SettingOf
+) -> None:
+    def made(**given: Any) -> Setting:
+        setting = setting_of({**ALIE, **{f"attack.{key}": value for key, value in given.items()}})
+        recipe = replace(setting.recipe, **other)
+        return attacked(replace(setting, recipe=recipe, task=replace(histories_of(setting), recipe=recipe)))
+
+    made(share=0.0)
+    made(name="sign_flip")
+    with pytest.raises(RecipeError, match=words):
+        made()
 
 
 # Attackers would leave the transform that clips out.
