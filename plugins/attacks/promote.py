@@ -30,6 +30,9 @@ class Promote(Attack):
 
     Between two of those events lie so many others that what was touched lately looks like anybody's: a model that sees
     the item in the history learns to name it to those who have it there, and those are attackers.
+
+    Who has touched all items leaves one too few for that: her last event is with the one whose place the promoted item
+    took first, or with the promoted item itself where it took none.
     """
 
     scale: float = field(default=10.0, metadata={"help": "how many times as long the update is sent"})
@@ -47,8 +50,11 @@ class Promote(Attack):
         turn = np.where(np.arange(len(among)) < self.fillers, bits, np.iinfo(np.int64).max)  # the rest as they come
         order = among[np.argsort(turn, axis=1, kind="stable")]
         at, last = events.positions, events.lengths[events.owners] - 2  # the last two are held out, and not trained on
-        mine = (at % self.every == self.every // 2) & (at < last)
-        return np.where(mine, market.promoted, order[events.owners, at % len(among)])
+        first = self.every // 2
+        mine = (at % self.every == first) & (at < last)
+        spare = np.where(first < last, order[events.owners, first % len(among)], market.promoted)
+        others = np.where(at < len(among), order[events.owners, at % len(among)], spare)
+        return np.where(mine, market.promoted, others)
 
     def sent(self, updates: Updates, attackers: NDArray[np.bool_]) -> Updates:
         return updates.scaled(np.where(attackers, self.scale, 1.0))
