@@ -17,7 +17,9 @@ Curve = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Finished:
-    """One run of a suite: what it reached, or why it has nothing."""
+    """One run of a suite: what it reached, or why it has nothing. A figure that it never came to is not there, and
+    neither is one that its log cannot tell, which is among ``untold``.
+    """
 
     entry: str
     seed: int
@@ -26,6 +28,7 @@ class Finished:
     figures: Mapping[str, float] = field(default_factory=dict)
     protocol: str = ""
     curves: Mapping[str, Curve] = field(default_factory=dict)
+    untold: Sequence[str] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold."""
@@ -75,6 +78,7 @@ class Row:
     fewer: float | None  # times fewer bytes up than the entry it is held against
     failed: int
     runs: int
+    never: Mapping[str, int]  # runs that came to their end and not to the figure
 
     def to_dict(self) -> dict[str, Any]:
         """What JSON can hold."""
@@ -83,6 +87,7 @@ class Row:
             "title": self.entry.words,
             "runs": self.runs,
             "failed": self.failed,
+            "never": dict(self.never),
             "figures": {key: None if each is None else asdict(each) for key, each in self.figures.items()},
             "differences": {key: asdict(each) for key, each in self.differences.items()},
             "times_fewer_bytes_up": self.fewer,
@@ -163,7 +168,12 @@ class Results:
             if found is not None:
                 differences[key] = found
         ours, theirs = (self.values(name, "bytes_up") for name in (entry.name, entry.against))
-        return Row(entry, figures, differences, fewer(ours, theirs), sum(bool(run.error) for run in runs), len(runs))
+        failed = sum(bool(run.error) for run in runs)
+        never = {column.key: self._never(entry.name, column.key) for column in layout.all_columns if column.reach}
+        return Row(entry, figures, differences, fewer(ours, theirs), failed, len(runs), never)
+
+    def _never(self, entry: str, key: str) -> int:
+        return sum(key not in run.figures and key not in run.untold for run in self.of(entry))
 
 
 def difference(against: str, ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
@@ -197,17 +207,17 @@ def fewer(ours: Mapping[int, float], theirs: Mapping[int, float]) -> float | Non
 
 
 def finished_run(
-    entry: str, seed: int, record: RunRecord, columns: Iterable[Column], plots: Iterable[Plot]
+    entry: str, seed: int, record: RunRecord, columns: Sequence[Column], plots: Iterable[Plot]
 ) -> Finished:
     """What a suite wants of a run that came to its end."""
     final = record.final("test")
     tested = final[0] if final else {}
     figures = {column.key: value for column in columns if (value := _value(column, record, tested)) is not None}
+    untold = tuple(column.key for column in columns if column.reach is not None and not _along(column, record))
     wanted = {plot.y for plot in plots if plot.x == "rounds"}
     curves = {name: found for name in wanted if (found := curve(record, name))}
-    return Finished(
-        entry, seed, str(record.folder), figures=figures, protocol=str(tested.get("label", "")), curves=curves
-    )
+    label = str(tested.get("label", ""))
+    return Finished(entry, seed, str(record.folder), figures=figures, protocol=label, curves=curves, untold=untold)
 
 
 def curve(record: RunRecord, metric: str) -> list[tuple[float, float]]:
@@ -249,9 +259,7 @@ def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
 
 def _value(column: Column, record: RunRecord, tested: Mapping[str, Any]) -> float | None:
     if column.reach is not None:
-        points = curve(record, column.of)
-        along = _by_passes(points, record) if column.unit == "passes" else points
-        return reached(along, column.reach, falling=column.of.endswith("loss"))
+        return reached(_along(column, record), column.reach, falling=column.of.endswith("loss"))
     if column.of == "rounds":
         return float(record.last_round)
     if column.of.endswith("_a_visit"):
@@ -263,8 +271,16 @@ def _value(column: Column, record: RunRecord, tested: Mapping[str, Any]) -> floa
     return None if value is None else float(value)
 
 
+def _along(column: Column, record: RunRecord) -> Curve:
+    """The curve in the column's unit; none where nobody looked, or where passes cannot be counted."""
+    points = curve(record, column.of)
+    return _by_passes(points, record) if column.unit == "passes" else points
+
+
 def _by_passes(points: Curve, record: RunRecord) -> Curve:
-    """A curve over passes through the training data; none where the log does not count examples."""
+    """A curve over passes through the training data; none where the log does not count examples, or the data's card has
+    not how many there are, as that of histories.
+    """
     whole, taken = record.card.get("training examples"), 0.0
     after: dict[float, float] = {}
     for event in record.rounds:

@@ -158,13 +158,12 @@ def _under(column: Column, row: Row) -> list[str]:
 def _spread(column: Column, row: Row) -> str:
     spread = row.figures.get(column.key)
     if spread is None:
-        never = column.reach is not None and row.runs > row.failed
-        return "never" if never else "failed" if row.failed else "–"
+        return "never" if row.never.get(column.key) else "failed" if row.failed and row.failed == row.runs else "–"
     said = in_words(column, spread.mean)
     if spread.count > 1 and column.of not in TOTALS:
         said += f" ± {in_words(column, spread.deviation)}"
-    missing = row.runs - row.failed - spread.count
-    return said + (f" ({missing} never)" if column.reach is not None and missing else "")
+    never = row.never.get(column.key)
+    return said + (f" ({never} never)" if never else "")
 
 
 def _published(column: Column, row: Row) -> str:

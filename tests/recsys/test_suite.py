@@ -150,6 +150,33 @@ def test_passes_are_examples_over_what_everybody_holds(tmp_path: Path) -> None:
     assert finished_run("x", 1, log.record(), [there], []).figures == {}
 
 
+@pytest.mark.parametrize(
+    ("card", "accuracy", "rounds", "passes"),
+    [
+        ({"training examples": 100}, [0.8, 0.95], "1.7", "1.7"),
+        ({"training examples": 100}, [0.8, 0.85], "never", "never"),
+        ({"interactions": 100}, [0.8, 0.95], "1.7", "–"),  # of histories
+        ({"interactions": 100}, [0.8, 0.85], "never", "–"),
+        ({"training examples": 100}, [], "–", "–"),  # with evaluation.every = 0
+    ],
+)
+def test_never_is_said_of_what_was_looked_for(
+    tmp_path: Path, card: dict[str, int], accuracy: list[float], rounds: str, passes: str
+) -> None:
+    columns = (Column("accuracy", 0.9), Column("accuracy", 0.9, unit="passes"))
+    layout, log = Layout("To 90 %", columns), RunLog(tmp_path)
+    log.append("run_started", name="x", mode="simulated", seed=1, rounds=2)
+    log.append("data", card={"name": "x", **card})
+    for round in (1, 2):
+        log.append("round", round=round, loss=1.0, clients=4, examples=100, seconds=0.5)
+    for round, value in enumerate(accuracy, start=1):
+        log.append("evaluation", round=round, role="validation", label="v", metrics={"accuracy": value})
+    runs = (finished_run("small", 1, log.record(), columns, []), Finished("small", 2, error="the disk is full"))
+    suite = Suite("X", ENTRIES, (layout,))
+    text = in_markdown(Results("x", suite, quick=False, runs=runs, planned=2))
+    assert re.search(rf"^\| Small *\| *{rounds} \| *{passes} \|$", text, re.MULTILINE), text
+
+
 def test_what_is_read_says_who_failed_who_never_came_there_and_what_is_published() -> None:
     text, page = in_markdown(RESULTS), render_suite(RESULTS)
     assert "| 0.710 ± 0.010 |" in text
