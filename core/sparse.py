@@ -27,6 +27,7 @@ Mask = NDArray[np.bool_]
 
 BITMAP, PLAIN, GAPS = 0, 1, 2
 _HEADER = struct.Struct("<BI")
+_SAMPLED = 16  # one entry in so many tells how large the largest are
 
 
 def encode(codec: str, shape: tuple[int, ...], values: FloatArray, mask: Mask) -> Encoded:
@@ -175,13 +176,39 @@ def decode_rows(part: Encoded, length: int) -> tuple[IntArray, IntArray, Bytes]:
 
 
 def largest(values: NDArray[np.floating[Any]], count: int) -> Mask:
-    """Where the ``count`` largest of each line of (C, n) are, without their signs; what is not a number is largest."""
+    """Where the ``count`` largest of each line of (C, n) are, without their signs: what is not a number is larger than
+    all others, and of equal ones the first are taken.
+    """
     mask = np.zeros(values.shape, dtype=bool)
     if 0 < count < values.shape[1]:
-        np.put_along_axis(mask, np.argpartition(np.abs(values), -count, axis=1)[:, -count:], True, axis=1)
+        for line, chosen in zip(values, mask, strict=True):  # one at a time stays in the cache
+            chosen[_places_of_largest(line, count)] = True
     elif count:
         mask[:] = True
     return mask
+
+
+def _places_of_largest(line: NDArray[np.floating[Any]], count: int) -> IntArray:
+    """The ``count`` places, fewer than there are."""
+    bits = np.abs(line).view(f"i{line.itemsize}")  # in the order of the numbers, and NaN after infinity
+    among = _not_too_small(bits, count)
+    found = bits[among]
+    edge = np.partition(found, -count)[-count]
+    above = among[found > edge]
+    return np.concatenate([above, among[found == edge][: count - len(above)]])
+
+
+def _not_too_small(bits: NDArray[Any], count: int) -> IntArray:
+    """Places, rising, among which the ``count`` largest are: where a sample says so, few more than those. To divide a
+    whole line at an entry costs more than all else that a sparsifier does.
+    """
+    sample = bits[::_SAMPLED]
+    rank = 3 * count // (2 * _SAMPLED) + 8
+    if rank < len(sample):
+        places = np.flatnonzero(bits >= np.partition(sample, -rank)[-rank])
+        if len(places) >= count:
+            return places
+    return np.arange(len(bits), dtype=np.int64)
 
 
 def largest_rows(rows: Rows, fraction: float) -> Rows:

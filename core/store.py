@@ -65,9 +65,13 @@ class ClientStore:
     def read(self, name: str, clients: IntArray) -> FloatArray:
         """The values of ``clients``, (C, *shape); a copy."""
         file = self._files[name]
-        return np.where(
-            file.written[clients].reshape(-1, *([1] * file.initial.ndim)), file.values[clients], file.initial[None]
-        )
+        known = file.written[clients]
+        if known.all():
+            return np.asarray(file.values[clients])
+        # Where nothing was written nothing is read: the file has a hole there, and each page of it would be made.
+        values = np.empty((len(clients), *file.initial.shape), dtype=np.float32)
+        values[known], values[~known] = file.values[clients[known]], file.initial
+        return values
 
     def write(self, name: str, clients: IntArray, values: FloatArray) -> None:
         """Keep ``values`` (C, *shape) for ``clients``, which are distinct.
@@ -171,12 +175,14 @@ class _File:
         """Write by the file, not by the map: a full disk is then an error, and not a signal that ends the process."""
         if not len(clients):
             return
-        order = np.argsort(clients, kind="stable")
-        clients, values = clients[order], values[order]
+        if np.any(clients[1:] < clients[:-1]):
+            order = np.argsort(clients)
+            clients, values = clients[order], values[order]
+        content, each = values.reshape(-1).view(np.uint8), self.initial.nbytes
         starts = np.flatnonzero(np.diff(clients, prepend=-2) != 1).tolist()  # of neighbours, which go in one piece
         with storage_errors(self._folder):
             for start, stop in zip(starts, [*starts[1:], len(clients)], strict=True):
-                _write_at(self._file, values[start:stop].tobytes(), int(clients[start]) * self._record)
+                _write_at(self._file, content[start * each : stop * each], int(clients[start]) * self._record)
         self.written[clients] = self._fresh[clients] = True
 
     def save(self, place: Path, earlier: Sequence[Path]) -> list[str]:
@@ -200,8 +206,8 @@ class _File:
         self._fresh[:] = False
 
 
-def _write_at(file: int, content: bytes, place: int) -> None:
-    while content:
+def _write_at(file: int, content: NDArray[np.uint8], place: int) -> None:
+    while len(content):
         taken = os.pwrite(file, content, place)
         content, place = content[taken:], place + taken
 

@@ -60,6 +60,37 @@ def test_a_coding_is_chosen_by_its_length(places: list[int], size: int, coding: 
     assert (data[0], len(data) - 5) == (coding, length)
 
 
+numbers = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, -3.0, np.inf, -np.inf, np.nan, 1e-40]) | st.floats(width=32)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(numbers, min_size=1, max_size=300), st.integers(1, 8), st.floats(0, 1), st.sampled_from(["f4", "f8"]))
+def test_the_largest_are_those_of_a_sort_without_signs(drawn: list[float], times: int, share: float, kind: str) -> None:
+    line = np.tile(np.array(drawn, dtype=kind), times)
+    count = round(share * len(line))
+    lengths = np.where(np.isnan(line), np.inf, np.abs(line).astype("f8"))
+    order = np.lexsort((np.arange(len(line)), -lengths, ~np.isnan(line)))
+    want = np.zeros(len(line), dtype=bool)
+    want[order[:count]] = True
+    np.testing.assert_array_equal(largest(np.stack([line, line[::-1]]), count)[0], want)
+
+
+@pytest.mark.parametrize("shape", ["noise", "rising", "at every sixteenth", "but at every sixteenth", "equal"])
+@pytest.mark.parametrize("count", [1, 40, 400, 20_000])
+def test_the_largest_of_a_long_line_are_as_many_and_no_other_is_larger(shape: str, count: int) -> None:
+    places = np.arange(40_000)
+    line = {
+        "noise": np.random.default_rng(1).standard_normal(40_000),
+        "rising": places + 1.0,
+        "at every sixteenth": np.where(places % 16 == 0, places + 1.0, 1e-3),
+        "but at every sixteenth": np.where(places % 16 == 0, 1e-3, places + 1.0),
+        "equal": np.ones(40_000),
+    }[shape].astype(np.float32)
+    mask = largest(line[None], count)[0]
+    assert np.count_nonzero(mask) == count
+    assert np.abs(line[mask]).min() >= np.abs(line[~mask]).max()
+
+
 def test_two_of_four_entries_by_hand() -> None:
     values = np.array([[1.0, -5.0, 3.0, 0.5]], dtype=np.float32)
     mask = largest(values, 2)

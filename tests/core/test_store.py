@@ -9,6 +9,7 @@ import tempfile
 import tracemalloc
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,6 +53,35 @@ def written(cohorts: list[list[int]]) -> tuple[ClientStore, dict[int, list[float
 def test_everybody_starts_with_the_declared_value() -> None:
     assert store("mine").read("mine", ids(3, 0, 3)).tolist() == [[7, 8]] * 3
     assert store("mine", "other").names == ("mine", "other")
+
+
+def test_the_file_is_not_looked_at_where_nobody_wrote_and_what_is_read_is_a_copy() -> None:
+    kept, looked = store("mine"), list[int]()
+    kept.write("mine", ids(4, 9), np.full((2, 2), 3.0, dtype=np.float32))
+    (file,) = kept._files.values()
+
+    class Looked(np.ndarray[tuple[int, ...], np.dtype[np.float32]]):
+        """The values, who was looked at remembered: a look at a hole in the file makes a page of it."""
+
+        def __getitem__(self, clients: Any) -> Any:
+            looked.extend(clients.tolist())
+            return np.asarray(self)[clients]
+
+    file.values = file.values.view(Looked)
+    everybody = np.arange(20)
+    read = kept.read("mine", everybody)
+    assert read[:, 1].tolist() == [3.0 if client in (4, 9) else 8.0 for client in range(20)]
+    read[:] = 0.0
+    assert kept.read("mine", ids(9, 4)).tolist() == [[3.0, 3.0]] * 2
+    assert kept.read("mine", ids(1)).tolist() == [[7.0, 8.0]]
+    assert looked == [4, 9, 9, 4]
+
+
+def test_nothing_at_all_may_be_kept() -> None:
+    kept = ClientStore(5)
+    kept.declare("mine", np.zeros((0, 3), dtype=np.float32))
+    kept.write("mine", ids(4, 1), np.zeros((2, 0, 3), dtype=np.float32))
+    assert kept.read("mine", ids(1, 2)).shape == (2, 0, 3)
 
 
 @given(visits)

@@ -50,7 +50,13 @@ class Vectorized:
     compile: bool = field(
         default=True, metadata={"help": "compile the step (once for a machine); false: run it operation by operation"}
     )
-    lanes: int = field(default=0, metadata={"help": "clients that step together; 0: what was measured to be fast"})
+    lanes: int = field(
+        default=0,
+        metadata={
+            "help": "clients that step together; 0: what was measured to be fast. For cohorts of one set 1: lanes that "
+            "stand empty are computed too, because numbers depend on how many there are"
+        },
+    )
     workers: int = field(
         default=1, metadata={"help": "processes that a cohort is split over; 1: this one. It changes no bit"}
     )
