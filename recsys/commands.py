@@ -182,7 +182,7 @@ def recommend(
     \b
     Examples:
       fedtower recommend runs/dssm-ml-100k-1 --user 42 -k 10
-      fedtower recommend --bundle runs/dssm-ml-100k-1/bundle --request bundle-42.safetensors
+      fedtower recommend --bundle bundle --request bundle-42.safetensors
     """
     if bundle is not None:
         if request is None or folder is not None or user is not None or exact:

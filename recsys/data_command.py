@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fedtower.core.cli import pass_registry
 from fedtower.core.draws import Draws
-from fedtower.core.errors import RecipeError
+from fedtower.core.errors import RecipeError, nearest
 from fedtower.core.overrides import apply_overrides
 from fedtower.core.recipe import load_recipe
 from fedtower.core.registry import Registry
@@ -31,11 +31,11 @@ from fedtower.recsys.units import in_bytes, in_count, in_percent
 
 _OVERRIDE = click.option(
     "-o",
-    "--override",
+    "--option",
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="A setting, such as data.path=ratings.csv.",
+    help="Override a key of the recipe, such as data.path=ratings.csv.",
 )
 
 
@@ -49,10 +49,17 @@ class _DataOnly:
 
 @click.group()
 def data() -> None:
-    """Show what a data set holds, download one from its official site, or write one file a client."""
+    """Show what a data set holds, download one from its official site, or write one file a client.
+
+    \b
+    Examples:
+      fedtower data card dssm-ml-100k
+      fedtower data fetch movielens --version 100k
+      fedtower data shard dssm-ml-100k shards -n 20
+    """
 
 
-@data.command()
+@data.command(short_help="load a data set and print its card")
 @click.argument("name", metavar="RECIPE-OR-DATASET")
 @_OVERRIDE
 @click.option("--json", "as_json", is_flag=True, help="Print the card as JSON.")
@@ -60,7 +67,9 @@ def data() -> None:
 def card(registry: Registry, name: str, overrides: Sequence[str], as_json: bool) -> None:
     """Load a data set, of a recipe or by its own name, and print its card.
 
-    For example: fedtower data card synthetic -o data.users=500
+    \b
+    Example:
+      fedtower data card synthetic -o data.users=500
     """
     part, seed = _part(registry, name, overrides)
     dataset: Dataset | ExampleDataset = registry.make("dataset", part, path="data")
@@ -72,7 +81,7 @@ def card(registry: Registry, name: str, overrides: Sequence[str], as_json: bool)
         Console(highlight=False).print(card_table(found))
 
 
-@data.command(name="fetch")
+@data.command(name="fetch", short_help="download a data set, after showing its licence")
 @click.argument("name", metavar="DATASET")
 @click.option("--version", metavar="NAME", help="Which edition, where there are several.")
 @_OVERRIDE
@@ -89,12 +98,17 @@ def fetch_command(
 ) -> None:
     """Download a data set into this user's cache, after showing its licence.
 
-    For example: fedtower data fetch movielens --version 100k
+    \b
+    Example:
+      fedtower data fetch movielens --version 100k
     """
     part, _ = _part(registry, name, [*overrides, *([f"data.version={version}"] if version else [])])
     archive = getattr(registry.make("dataset", part, path="data"), "archive", None)
     if not isinstance(archive, Archive):
-        raise RecipeError(f"the data set {part.name!r} is not one that can be downloaded")
+        raise RecipeError(
+            f"the data set {part.name!r} is not one that can be downloaded: it is generated, or from files of yours; "
+            f"`fedtower plugins show {part.name}` has the settings that say where it is from"
+        )
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(f"{archive.folder}: {archive.licence}\nIn full: {archive.licence_url}")
     if not accept_licence:
@@ -104,7 +118,7 @@ def fetch_command(
     console.print(f"{archive.folder} is in {folder}\nNext: fedtower data card {name}" + _again(part))
 
 
-@data.command()
+@data.command(short_help="write one file a client, for devices")
 @click.argument("name", metavar="RECIPE")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("-n", "count", type=click.IntRange(min=1), help="So many clients, chosen by the seed; default: all.")
@@ -113,7 +127,9 @@ def fetch_command(
 def shard(registry: Registry, name: str, folder: Path, count: int | None, overrides: Sequence[str]) -> None:
     """Write one file a client, for the devices of a deployed federation to hold.
 
-    For example: fedtower data shard dssm-ml-100k shards -n 20
+    \b
+    Example:
+      fedtower data shard dssm-ml-100k shards -n 20
     """
     recipe = load_recipe(name, overrides, registry)
     draws = Draws(recipe.seed)
@@ -157,9 +173,15 @@ def card_table(found: DataCard | ExampleCard) -> Table:
 
 def _part(registry: Registry, name: str, overrides: Sequence[str]) -> tuple[Part, int]:
     """The data set that is meant, and the seed of its run: a data set's own name comes before a recipe's."""
-    if name in {offer.name for offer in registry.offers("dataset")}:
+    datasets, recipes = ([offer.name for offer in registry.offers(kind)] for kind in ("dataset", "recipe"))
+    if name in datasets:
         run: _DataOnly = build(_DataOnly, apply_overrides({"data": {"name": name}}, overrides, {}), path="")
         return build_part(run.data, path="data"), run.seed
+    if name not in recipes and not Path(name).suffix:
+        raise RecipeError(
+            f"no data set or recipe is called {name!r}{nearest(name, [*datasets, *recipes])}; the data sets are "
+            f"{', '.join(datasets)}, and `fedtower recipes` lists the recipes"
+        )
     recipe = load_recipe(name, overrides, registry)
     return recipe.data.part, recipe.seed
 

@@ -249,7 +249,9 @@ def pairing_problems(versions: Mapping[str, str]) -> tuple[Problem, ...]:
 def doctor(context: click.Context, as_json: bool) -> None:
     """Say what is installed, what is missing for what, and which command mends it.
 
-    For example: fedtower doctor --json
+    \b
+    Example:
+      fedtower doctor --json
     """
     diagnosis = examine(installed(), why_not_importable, this_machine())
     if as_json:

@@ -72,11 +72,7 @@ def _json(path: Path) -> Mapping[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-@click.command(
-    "report",
-    epilog="Example: fedtower report runs/dssm-ml-100k-1 runs/dssm-ml-100k-2 --out compared.html",
-    short_help="write one HTML page",
-)
+@click.command("report")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Where to write the page.")
 def report_command(runs: tuple[Path, ...], out: Path | None) -> None:
@@ -84,5 +80,10 @@ def report_command(runs: tuple[Path, ...], out: Path | None) -> None:
 
     RUN is a run's folder. The page goes to RUN/report.html, or for several runs to report.html here. An unfinished run
     is told of as far as it went.
+
+    \b
+    Examples:
+      fedtower report runs/dssm-ml-100k-1
+      fedtower report runs/dssm-ml-100k-1 runs/dssm-ml-100k-2 --out two.html
     """
     click.echo(write_report(runs, out))

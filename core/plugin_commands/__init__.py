@@ -25,7 +25,7 @@ def plugins() -> None:
     """
 
 
-@plugins.command("list")
+@plugins.command("list", short_help="list what is installed, and what failed")
 @click.option("--kind", metavar="KIND", help="Only parts of this kind.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything that is known as JSON.")
 @pass_registry
@@ -48,7 +48,7 @@ def list_command(registry: Registry, kind: str | None, as_json: bool) -> None:
         print_plugins(registry, kind)
 
 
-@plugins.command()
+@plugins.command(short_help="show a part and its settings")
 @click.argument("name")
 @click.option("--kind", metavar="KIND", help="Which, when parts of several kinds have this name.")
 @pass_registry
@@ -71,7 +71,7 @@ def show(registry: Registry, name: str, kind: str | None) -> None:
         print_hooks(registry, plugin)
 
 
-@plugins.command()
+@plugins.command(short_help="run the promises of a part")
 @click.argument("name")
 @click.option("--kind", metavar="KIND", help="Which, when parts of several kinds have this name.")
 @pass_registry
@@ -106,7 +106,7 @@ def check(ctx: click.Context, registry: Registry, name: str, kind: str | None) -
     ctx.exit(PluginError.exit_code if broken else 0)
 
 
-@plugins.command()
+@plugins.command(short_help="write a package with one part")
 @click.argument("kind")
 @click.argument("name")
 @click.option(

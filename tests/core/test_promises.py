@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 import numpy as np
 import torch
-from click import Option, command
+from click import Group, Option, command
 from fedtower.core.cohort import Cohort
 from fedtower.core.errors import UpdateError
 from fedtower.core.hooks import hookimpl
@@ -407,6 +407,15 @@ MUTANTS = {
     "Wordless(CommandPromises)": (
         "def make(): return command('x')(lambda: None)",
         {"help_says_what_it_does_and_shows_an_example"},
+    ),
+    "Garrulous(CommandPromises)": (
+        """
+        def make():
+            inner = command("inner", help="Say in very many words indeed what this one does: fedtower outer inner.")
+            says = "Say what is there.\\n\\n\\b\\nExample:\\n  fedtower outer " + 80 * "x"
+            return Group("outer", commands=[inner(lambda: None)], help=says)
+        """,
+        {"help_fits_a_terminal_and_is_not_cut"},
     ),
     "Foreign(RecipePromises)": (
         "def make(): return parse_recipe({**examples.recipe().to_dict(), 'aggregator': {'name': 'unheard_of'}})",

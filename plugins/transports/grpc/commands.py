@@ -86,13 +86,18 @@ def enrol() -> None:
     """Say which devices may take part: codes to enrol with, a list, and revocation.
 
     CREDENTIALS is the file that the server reads; it may run meanwhile.
+
+    \b
+    Examples:
+      fedtower enrol codes credentials.sqlite -n 20
+      fedtower enrol list credentials.sqlite
     """
 
 
 _FILE = click.argument("path", metavar="CREDENTIALS", type=click.Path(path_type=Path, dir_okay=False))
 
 
-@enrol.command()
+@enrol.command(short_help="print new enrolment codes")
 @_FILE
 @click.option("-n", "--count", default=1, show_default=True, type=click.IntRange(min=1), help="How many codes.")
 @click.option(
@@ -117,7 +122,7 @@ def codes(path: Path, count: int, uses: int, first_client: int | None) -> None:
         click.echo(code)
 
 
-@enrol.command()
+@enrol.command(short_help="make a code worthless")
 @_FILE
 @click.argument("code")
 def withdraw(path: Path, code: str) -> None:
@@ -131,7 +136,7 @@ def withdraw(path: Path, code: str) -> None:
     click.echo("withdrawn; devices that have used it stay enrolled")
 
 
-@enrol.command()
+@enrol.command(short_help="register a device by its certificate")
 @_FILE
 @click.argument("name")
 @click.option("--client", type=click.IntRange(min=0), help="The client that the device is; default: the next one.")
@@ -146,7 +151,7 @@ def certificate(path: Path, name: str, client: int | None) -> None:
     click.echo(f"device {device.id} is client {device.client}")
 
 
-@enrol.command("list")
+@enrol.command("list", short_help="list the devices that are enrolled")
 @_FILE
 @click.option("--json", "as_json", is_flag=True, help="JSON, for programs.")
 def show(path: Path, as_json: bool) -> None:
@@ -171,7 +176,7 @@ def show(path: Path, as_json: bool) -> None:
     console.print(f"{len(devices)} enrolled; the codes given out are good for {credentials.codes_left()} more")
 
 
-@enrol.command()
+@enrol.command(short_help="take a device out")
 @_FILE
 @click.argument("device")
 def revoke(path: Path, device: str) -> None:
