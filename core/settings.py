@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -72,7 +73,8 @@ def build(cls: type[T], values: Mapping[str, Any], *, path: str) -> T:
     A whole number serves as a float, a list as a tuple, a string as a path. Nothing else is converted.
 
     Raises:
-        RecipeError: a key that ``cls`` does not have, a missing one, or a value of the wrong type.
+        RecipeError: a key that ``cls`` does not have, a missing one, a value of the wrong type, or a number that is
+            none (TOML can write ``nan`` and ``inf``).
     """
     if not dataclasses.is_dataclass(cls):
         if values:
@@ -139,6 +141,8 @@ def convert(value: Any, hint: Any, *, path: str) -> Any:
         return float(value)
     if hint is Path and isinstance(value, str):
         return Path(value)
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{path} must be a finite number, but is {value}")
     if hint is Any or (
         isinstance(hint, type) and isinstance(value, hint) and (hint is not int or not isinstance(value, bool))
     ):

@@ -17,7 +17,7 @@ from fedtower.core.registry import Registry
 class Uniform:
     """``size`` distinct clients, each set of them equally likely; everybody when the population is smaller."""
 
-    size: int = field(metadata={"help": "clients a round"})
+    size: int = field(metadata={"help": "clients a round; everybody where there are fewer"})
 
     def __post_init__(self) -> None:
         if self.size < 1:

@@ -78,6 +78,11 @@ def read_public_key(pinned: str) -> Ed25519PublicKey:
         return Ed25519PublicKey.from_public_bytes(raw)
     try:
         key = load_pem_public_key(Path(pinned).read_bytes())
+    except FileNotFoundError as error:
+        raise TrustError(
+            f"there is no public key {pinned!r}, as a file or as 44 letters of base64; `fedtower keygen` makes it on "
+            f"the server, beside the private one, and each device is given a copy"
+        ) from error
     except (OSError, ValueError) as error:
         raise TrustError(
             f"{pinned!r} is neither an Ed25519 public key in base64 (44 letters) nor a PEM file of one: {error}"

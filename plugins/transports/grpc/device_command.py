@@ -34,7 +34,7 @@ _SHARED = (
         show_default=True,
         help="A folder with authority.pem, the server's, and signing.pub, which is pinned.",
     ),
-    click.option("--runtime", default="mnn", show_default=True, help="Whose engine runs the graphs."),
+    click.option("--runtime", default="mnn", show_default=True, help="The runtime whose engine runs the graphs."),
     click.option("--signer", default="ed25519", show_default=True, help="What plans are signed with."),
     click.option("--cache-mb", default=256, show_default=True, type=click.IntRange(min=1), help="Of what is fetched."),
     click.option("--patience", default=300.0, show_default=True, help="Seconds without an answer before it gives up."),
@@ -86,8 +86,8 @@ def device(
 
     \b
     Examples:
-      fedtower device --server HOST:7433 --data client-000003.safetensors --code CODE
-      fedtower device --server HOST:7433 --data client-000003.safetensors
+      fedtower device --server HOST:7433 --data mine.safetensors --code CODE
+      fedtower device --server HOST:7433 --data mine.safetensors
     """
     made = _maker(registry, **shared, certificate=certificate, key=key)
     one = made(data, folder or data.with_suffix(".device"), code, _as_json if as_json else _in_words)
@@ -156,10 +156,12 @@ def swarm(
 
     \b
     Examples:
-      fedtower swarm --server 127.0.0.1:7433 --data shards -n 20 --codes codes
-      fedtower swarm --server 127.0.0.1:7433 --data shards -n 500 --first 500 --codes codes --vanish 0.3
+      fedtower swarm --server HOST:7433 --data shards -n 20 --codes codes
+      fedtower swarm --server HOST:7433 --data shards -n 500 --vanish 0.3
     """
     shards = sorted(data.glob("client-*.safetensors"))[first:][:count]
+    if not data.is_dir():
+        raise DataError(f"there is no folder {data}; `fedtower data shard RECIPE {data}` makes one of shards")
     if not shards or len(shards) < (count or 1):
         raise DataError(
             f"{data} holds {len(shards)} shards, and {count or 1} are needed; `fedtower data shard` writes them"

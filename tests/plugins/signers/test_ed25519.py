@@ -104,9 +104,16 @@ def test_what_is_no_ed25519_key_is_refused(tmp_path: Path) -> None:
     for name, said in (("ec", "of another kind"), ("text", "can be read"), ("nowhere", "there is no key")):
         with pytest.raises(TrustError, match=said):
             Ed25519Signer(tmp_path / name).sign(b"a plan")
-    for pinned in (str(tmp_path / "public"), str(tmp_path / "nowhere"), "c2hvcnQ=", "", "\0"):
-        with pytest.raises(TrustError):
-            Ed25519Verifier((pinned,))
+    pinned = {
+        str(tmp_path / "public"): "of another kind",
+        str(tmp_path / "nowhere"): "`fedtower keygen` makes it",
+        "c2hvcnQ=": "as a file or as 44 letters of base64",
+        "": "neither an Ed25519 public key",
+        "\0": "neither an Ed25519 public key",
+    }
+    for key, said in pinned.items():
+        with pytest.raises(TrustError, match=said):
+            Ed25519Verifier((key,))
     with pytest.raises(TrustError, match="no key is pinned"):
         Ed25519Verifier(())
 

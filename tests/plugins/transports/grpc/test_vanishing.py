@@ -295,6 +295,14 @@ def test_a_share_that_is_none_is_refused() -> None:
             Vanishing(share, away, Draws(1))
 
 
+def test_a_swarm_without_shards_says_what_makes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, said in ((tmp_path / "nowhere", "there is no folder"), (tmp_path, "holds 0 shards")):
+        assert call(["swarm", "--server", "127.0.0.1:1", "--data", str(folder)]) == 3
+        printed = " ".join(capsys.readouterr().err.split())
+        assert said in printed
+        assert "`fedtower data shard" in printed
+
+
 def test_a_swarm_says_how_its_devices_fare_and_each_kind_of_failure_once() -> None:
     tally = Tally(5)
     for client in (1, 2, 3):
