@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtower.core.errors import UpdateError
+from fedtower.core.errors import PluginError, UpdateError
 from fedtower.core.plan import Plan
 from fedtower.core.updates import Rows, Updates, refuse_other_shapes
 
@@ -47,6 +47,29 @@ class Rooted(Protocol):
     def rooted(self, root: Updates) -> Aggregator:
         """What folds updates of the round in which the server made ``root``, a block of one client."""
         ...
+
+
+def folded(aggregator: Aggregator, blocks: Iterable[Updates], state: State) -> tuple[Updates, State]:
+    """What the aggregator makes of ``blocks``, with everything in it that they hold.
+
+    Raises:
+        PluginError: it leaves a parameter or a table out, which would then never be trained, and nobody would be told.
+    """
+    held: set[str] = set()
+
+    def noted() -> Iterator[Updates]:
+        for block in blocks:
+            held.update(block.dense, (f"rows of {table}" for table, rows in block.rows.items() if len(rows.row_ids)))
+            yield block
+
+    total, memory = aggregator.fold(noted(), state)
+    lost = sorted(held.difference(total.dense, (f"rows of {table}" for table in total.rows)))
+    if lost:
+        raise PluginError(
+            f"the aggregator {type(aggregator).__name__} was given {', '.join(lost)} and gives a total without; it has "
+            f"to fold what it is given, or to raise RowsNotSupported where that is rows"
+        )
+    return total, memory
 
 
 class GridSum:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtower.core.accounting import Accountant
-from fedtower.core.aggregation import Aggregator, Instructed, Rooted
+from fedtower.core.aggregation import Aggregator, Instructed, Rooted, folded
 from fedtower.core.checking import WORDS, CheckSettings, Reason
 from fedtower.core.client import ClientSide
 from fedtower.core.cohort import Cohort, Sampler
@@ -251,6 +251,6 @@ def fold(
     weightless: list[Updates] = []  # they are folded too: the first to arrive are treated as the last
     for first in blocks:
         if np.any(first.weights != 0):
-            return aggregator.fold(chain(weightless, [first], blocks), state.aggregator)
+            return folded(aggregator, chain(weightless, [first], blocks), state.aggregator)
         weightless.append(first)
     return None, state.aggregator

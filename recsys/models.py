@@ -254,7 +254,7 @@ class Declared:
     """A model's parts: tables and a tower in the cloud behind the rows of ``source``, a tower on the device.
 
     ``on_device`` names the parameters of ``shared`` that are each client's own and never leave it. A model without
-    tables has no rows.
+    tables has no rows; of one with tables and without a ``cloud`` tower, devices see the tables' rows side by side.
     """
 
     shared: SharedTower
@@ -262,6 +262,10 @@ class Declared:
     cloud: CloudTower = field(default_factory=lambda: PlainRows(0))
     on_device: tuple[str, ...] = field(default=())
     source: str = "item"
+
+    def __post_init__(self) -> None:
+        if type(self.cloud) is PlainRows and not self.cloud.width:
+            object.__setattr__(self, "cloud", PlainRows(sum(table.dim for table in self.tables)))
 
     @property
     def table_bytes(self) -> int:

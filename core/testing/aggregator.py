@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedtower.core.aggregation import Aggregator, Instructed, Rooted
+from fedtower.core.aggregation import Aggregator, Instructed, Rooted, folded
 from fedtower.core.errors import RowsNotSupported, UpdateError
 from fedtower.core.testing import examples
 from fedtower.core.testing.promises import Promises, Untouched, assert_close, assert_same_bits, not_promised
@@ -68,6 +68,9 @@ class AggregatorPromises(Promises):
             assert total.dense[name].dtype == np.float32, name
             assert np.all(np.isfinite(total.dense[name])), name
 
+    def test_nothing_that_is_given_is_lost(self, cohort: Updates) -> None:
+        folded(self.briefed(), iter([cohort]), {})
+
     def test_a_row_is_there_once_and_was_touched(self, cohort: Updates) -> None:
         for table, rows in self.fold(cohort).rows.items():
             assert rows.offsets.tolist() == [0, len(rows.row_ids)]
@@ -117,8 +120,11 @@ class AggregatorPromises(Promises):
             total = self.fold(poisoned)
         except UpdateError:
             return
-        assert all(np.all(np.isfinite(delta)) for delta in total.dense.values())
-        assert all(np.all(np.isfinite(rows.row_deltas)) for rows in total.rows.values())
+        spoilt = [name for name, delta in total.dense.items() if not np.all(np.isfinite(delta))]
+        spoilt += [table for table, rows in total.rows.items() if not np.all(np.isfinite(rows.row_deltas))]
+        assert not spoilt, (
+            f"client 3 sent {bad}, which reached the total of {spoilt}: raise UpdateError, or leave it out"
+        )
 
     def test_order_and_width_change_no_bit_of_any_cohort(self, cohort: Updates) -> None:
         from fedtower.core.testing.laws import order_and_width_change_no_bit

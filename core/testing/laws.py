@@ -93,6 +93,7 @@ def a_row_is_folded_as_a_parameter_is(fold: Fold) -> None:
         root = examples.updates(1, rows=False, seed=seed)
         dense = fold(_as_parameter(cohort), root=_as_parameter(root))
         sparse = fold(_as_row(cohort), root=_as_row(root))
+        assert "item" in sparse.rows, "the rows of 'item' are not in the total"
         part, wanted = sparse.rows["item"], dense.dense["p"]
         assert_close(sparse.weights, dense.weights)
         if len(part.row_ids) or np.any(wanted):  # a total of nothing may leave the row out

@@ -84,6 +84,15 @@ MUTANTS = {
         {"earlier_rounds_do_not_matter"},
     ),
     # aggregator
+    "Rowless(AggregatorPromises)": (
+        """
+        class make(FedAvg):
+            def fold(self, blocks, state):
+                total, state = super().fold(blocks, state)
+                return replace(total, rows={}), state
+        """,
+        {"nothing_that_is_given_is_lost", "a_row_is_folded_as_a_parameter_is"},
+    ),
     "Floats(AggregatorPromises)": (
         """
         class make(FedAvg):

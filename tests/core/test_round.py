@@ -17,7 +17,7 @@ from fedtower.core.checking import CheckSettings
 from fedtower.core.client import ClientSide
 from fedtower.core.cohort import Cohort
 from fedtower.core.draws import Draws
-from fedtower.core.errors import FedtowerError, UpdateError
+from fedtower.core.errors import FedtowerError, PluginError, UpdateError
 from fedtower.core.hooks import Hooks, hookimpl
 from fedtower.core.jagged import Encoded
 from fedtower.core.plan import LocalSettings, Plan, RowSettings
@@ -989,6 +989,19 @@ class Numbering:
 def test_an_aggregator_gets_its_state_back() -> None:
     state, _, _ = outcome(parts(0, 1, aggregator=Numbering()), rounds=3)
     assert int(state.aggregator["folded"]) == 3
+
+
+@pytest.mark.parametrize(("part", "lost"), [("dense", "w"), ("rows", "rows of item")])
+def test_an_aggregator_that_loses_what_it_is_given_ends_the_run(part: str, lost: str) -> None:
+    class Forgetful(FedAvg):
+        def fold(
+            self, blocks: Iterable[Updates], state: Mapping[str, NDArray[Any]]
+        ) -> tuple[Updates, Mapping[str, NDArray[Any]]]:
+            total, memory = super().fold(blocks, state)
+            return replace(total, **{part: {}}), memory
+
+    with pytest.raises(PluginError, match=f"the aggregator Forgetful was given {lost} and gives a total without"):
+        outcome(parts(0, 1, aggregator=Forgetful()))
 
 
 @pytest.mark.parametrize("order", [(2, 0), (0, 2)], ids=["first", "last"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedtower.core.errors import FedtowerError
-from fedtower.recsys.models import Table, array, linear
+from fedtower.recsys.models import Declared, SharedTower, Table, array, linear
 from fedtower.recsys.testing.examples import cases
 
 CASES = cases()
@@ -25,6 +25,15 @@ def test_a_parameter_is_either_shared_or_on_the_device(name: str) -> None:
     shared, own = model.parameters(), model.device_parameters()
     assert list(own) == ([] if name == "images" else ["own"])
     assert sorted([*shared, *own]) == sorted(name for name, _ in model.shared.named_parameters())
+
+
+def test_without_a_tower_of_the_cloud_devices_see_the_tables_side_by_side() -> None:
+    tables = (Table("item", 10, 8, 0.1), Table("bias", 10, 4, 0.1))
+    declared = Declared(SharedTower(), tables)
+    rows = torch.randn(3, 12)
+    assert declared.cloud.width == 12
+    assert declared.cloud(rows, torch.empty(3, 0)) is rows
+    assert Declared(SharedTower()).cloud.width == 0
 
 
 def test_parameters_are_copies() -> None:
