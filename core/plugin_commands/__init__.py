@@ -8,9 +8,10 @@ from pathlib import Path
 import click
 
 from fedtower.core.cli import pass_registry
-from fedtower.core.errors import PluginError, nearest
+from fedtower.core.errors import FedtowerError, PluginError, nearest
 from fedtower.core.offers import Offer, canonical
 from fedtower.core.registry import PluginStatus, Registry
+from fedtower.core.settings import describe
 
 
 @click.group()
@@ -90,6 +91,8 @@ def check(ctx: click.Context, registry: Registry, name: str, kind: str | None) -
     from fedtower.core.testing.verdict import hooks_claim, judge, part_claim
 
     offers, hooked = find(registry, name, kind)
+    for offer in offers:
+        refuse_untried(registry, offer)
     claims = [part_claim(offer.kind, offer.name) for offer in offers]
     claims += [hooks_claim(plugin.name, plugin.distribution) for plugin in hooked]
     blocked = [plugin.name for plugin in registry.plugins() if plugin.status == "blocked"]
@@ -160,6 +163,23 @@ def find(registry: Registry, name: str, kind: str | None) -> tuple[list[Offer], 
             f"no {what} is called {name!r}{nearest(name, names)}; `fedtower plugins list` shows what is installed"
         )
     return offers, hooked
+
+
+def refuse_untried(registry: Registry, offer: Offer) -> None:
+    """Raise PluginError for a part that nobody can try, because it needs settings and gives no example of them."""
+    if "example" in offer.capabilities or offer.kind == "command" or registry.kind(offer.kind).reader:
+        return
+    try:
+        loaded = registry.load(offer.kind, offer.name)
+    except FedtowerError:
+        return  # its promises say what is wrong
+    missing = [setting.name for setting in describe(loaded) if setting.required] if isinstance(loaded, type) else []
+    if missing:
+        raise PluginError(
+            f"the {offer.kind} {offer.name!r} cannot be tried: {', '.join(missing)} of its settings have no default. "
+            f"Where it is offered, say with what to try it: "
+            f"capabilities={{'example': {{{', '.join(f'{name!r}: ...' for name in missing)}}}}}"
+        )
 
 
 def as_values(registry: Registry, kind: str | None = None) -> dict[str, object]:

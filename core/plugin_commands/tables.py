@@ -60,7 +60,7 @@ def print_part(registry: Registry, offer: Offer, console: Console | None = None)
     facts = Table.grid(padding=(0, 2))
     for name, value in (
         ("from", f"{offer.package}, plugin {offer.plugin}"),
-        ("says", _first_line(loaded)),
+        ("says", _first_paragraph(loaded)),
         ("target", offer.target),
         ("source", _source_of(loaded)),
         ("seam", kind.seam),
@@ -83,14 +83,14 @@ def print_hooks(registry: Registry, plugin: PluginStatus, console: Console | Non
     console = console or Console()
     module = registry.module(plugin)
     functions = hooks_of(registry.manager, module)
-    console.print(Text(f"hooks of {plugin.name}", style="bold"), Text(f"- {_first_line(module)}"))
+    console.print(Text(f"hooks of {plugin.name}", style="bold"), Text(f"- {_first_paragraph(module)}"))
     facts = Table.grid(padding=(0, 2))
     facts.add_row(Text("from", style="dim"), Text(_package(plugin)))
     facts.add_row(Text("module", style="dim"), Text(plugin.source.module, overflow="fold"))
     for family in FAMILIES:
         for hook in hook_names(family):
             if hook in functions:
-                says = _first_line(getattr(module, functions[hook]))
+                says = _first_paragraph(getattr(module, functions[hook]))
                 facts.add_row(Text(family, style="dim"), Text(f"{hook}: {says}" if says else hook))
     console.print(facts)
     console.print()
@@ -126,9 +126,9 @@ def _package(plugin: PluginStatus) -> str:
     return f"{plugin.distribution} {plugin.version}".strip()
 
 
-def _first_line(thing: object) -> str:
-    """The first line of what something says about itself."""
-    return "" if thing is None else (inspect.getdoc(thing) or "").partition("\n")[0]
+def _first_paragraph(thing: object) -> str:
+    """What something says about itself, up to the first empty line."""
+    return "" if thing is None else " ".join((inspect.getdoc(thing) or "").partition("\n\n")[0].split())
 
 
 def _source_of(thing: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,7 @@ def test_show_marks_what_is_required_and_gives_an_example(capsys: pytest.Capture
     said = capsys.readouterr().out
     assert "(required)" in said
     assert '[[transforms]]\nname = "clip"\nnorm = 1.0' in said
+    assert "dense parameters and rows together" in " ".join(said.split()), "a docstring's first paragraph, whole"
 
 
 def test_show_knows_recipes_hooks_and_the_near_miss(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +123,7 @@ def test_check_says_which_promises_are_kept(project: Path, capsys: pytest.Captur
     said = capsys.readouterr().out
     assert "kept    a single client is returned as it is\n" in said
     assert "BROKEN" not in said
-    assert said.splitlines()[-1] == "aggregator my_mean: 27 of 27 promises kept"
+    assert said.splitlines()[-1] == "aggregator my_mean: 28 of 28 promises kept"
 
 
 def test_check_fails_when_a_promise_is_broken(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +136,7 @@ def test_check_fails_when_a_promise_is_broken(project: Path, capsys: pytest.Capt
 def test_check_of_a_plugin_checks_its_parts_and_its_hooks(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["plugins", "check", "fedtower_plugins.py"]) == 4
     last = [line for line in capsys.readouterr().out.splitlines() if "promises kept" in line]
-    assert last[0].startswith("aggregator my_mean: 27 of 27")
+    assert last[0].startswith("aggregator my_mean: 28 of 28")
     assert last[-1] == "hooks of fedtower_plugins.py: 7 of 7 promises kept"
 
 
@@ -143,6 +145,27 @@ def test_a_part_that_cannot_be_imported_is_a_broken_promise(project: Path, capsy
     file.write_text(file.read_text().replace("fedtower_plugins:Last", "not_there_at_all:Last"))
     assert call(["plugins", "check", "my_last"]) == 4
     assert "not_there_at_all" in capsys.readouterr().out
+
+
+def test_a_part_that_cannot_be_tried_says_what_is_wanted(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = project / "fedtower_plugins.py"
+    settings = "from dataclasses import dataclass\n@dataclass(frozen=True)\nclass Last:\n    bound: float\n"
+    file.write_text(file.read_text().replace("class Last:\n", settings))
+    assert call(["plugins", "check", "my_last"]) == 4
+    assert "capabilities={'example': {'bound': ...}}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_broken_promise_says_what_was_compared(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = project / "fedtower_plugins.py"
+    weightless = "        total, state = FedAvg().fold(blocks, state)\n"
+    weightless += (
+        "        total.rows.update((name, replace(rows, row_weights=None)) for name, rows in total.rows.items())\n"
+    )
+    weightless += "        return total, state\n"
+    source = re.sub(r"        return \[block.*\n", weightless, file.read_text())
+    file.write_text("from dataclasses import replace\n" + source)
+    assert call(["plugins", "check", "my_last"]) == 4
+    assert "assert None is not None" in capsys.readouterr().out
 
 
 def test_check_without_pytest_says_so(
