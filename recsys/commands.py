@@ -9,6 +9,7 @@ from typing import Literal
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedtower.core.cli import pass_registry
 from fedtower.core.garbage import undisturbed
@@ -199,7 +200,7 @@ def recommend(
     if as_json:
         click.echo(json.dumps([{"item": each.item, "title": each.title, "score": each.score} for each in items]))
         return
-    table = Table(title=f"for user {user}", title_justify="left")
+    table = Table(title=Text(f"for user {user}"), title_justify="left")
     table.add_column("", justify="right")
     table.add_column("item")
     table.add_column("title")
@@ -221,13 +222,15 @@ def _recommend_from_bundle(
     if as_json:
         click.echo(json.dumps([{"item": item, "score": score} for item, score in ranked]))
         return
-    table = Table(title=f"by {bundle}", title_justify="left")
+    console = Console(highlight=False)
+    console.print(Text(f"by {bundle}"), soft_wrap=True)
+    table = Table()
     table.add_column("", justify="right")
     table.add_column("item")
     table.add_column("score", justify="right")
     for place, (item, score) in enumerate(ranked, start=1):
         table.add_row(str(place), item, figure(score))
-    Console(highlight=False).print(table)
+    console.print(table)
 
 
 @click.command()

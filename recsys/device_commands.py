@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedtower.core.cli import pass_registry
 from fedtower.core.recipe import load_recipe
@@ -63,14 +64,15 @@ def export(
 
     target = out or folder / "bundle"
     bundle = export_run(folder, target, registry, formats=formats or api.FORMATS, precisions=precisions)
-    table = Table(title=f"bundle {target}", title_justify="left")
+    console = Console(highlight=False)
+    console.print(Text(f"bundle {target}"), soft_wrap=True)
+    table = Table()
     for column in ("file", "bytes", "off torch by"):
         table.add_column(column, justify="left" if column == "file" else "right")
     errors = {str(each["file"]): float(each["error"]) for each in bundle.manifest.weights.values() if each["error"]}
     for name in sorted(bundle.manifest.files):
         off = bundle.manifest.checks.get(name, errors.get(name))
         table.add_row(name, f"{(bundle.path / name).stat().st_size:,}", "" if off is None else f"{off:.1e}")
-    console = Console(highlight=False)
     console.print(table)
     if user is not None:
         named = re.sub(r"[^\w.-]", "_", user)  # an id may hold what a file's name may not

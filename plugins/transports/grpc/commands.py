@@ -67,7 +67,7 @@ def certs(folder: Path, hosts: tuple[str, ...], clients: tuple[str, ...], days: 
         click.echo(
             f"next: let the server ask for them, with {folder / 'authority.pem'} as their authority; register each:"
         )
-        click.echo(f"  fedtower enrol certificate CREDENTIALS {clients[0]}")
+        click.echo(f"  fedtower enrol certificate {folder / 'credentials.sqlite'} {clients[0]}")
 
 
 def _said_of_server(folder: Path, server: Path, days: int, *, renewed: bool) -> None:
@@ -78,19 +78,20 @@ def _said_of_server(folder: Path, server: Path, days: int, *, renewed: bool) -> 
     click.echo(f"to renew: fedtower certs {folder} --renew")
     click.echo("authority.key stays here: whoever has it can be this server")
     click.echo(f"each device gets {folder / 'authority.pem'}, and what `fedtower keygen {folder}` makes")
-    click.echo(f"next: fedtower keygen {folder}, and fedtower serve RECIPE --keys {folder}")
+    click.echo(f"next: fedtower keygen {folder}, then fedtower enrol codes {folder / 'credentials.sqlite'},")
+    click.echo(f"      and fedtower serve RECIPE --keys {folder}")
 
 
 @click.group()
 def enrol() -> None:
     """Say which devices may take part: codes to enrol with, a list, and revocation.
 
-    CREDENTIALS is the file that the server reads; it may run meanwhile.
+    CREDENTIALS is the file that the server reads, credentials.sqlite in the folder of its keys; it may run meanwhile.
 
     \b
     Examples:
-      fedtower enrol codes credentials.sqlite -n 20
-      fedtower enrol list credentials.sqlite
+      fedtower enrol codes keys/credentials.sqlite -n 20
+      fedtower enrol list keys/credentials.sqlite
     """
 
 
@@ -115,8 +116,8 @@ def codes(path: Path, count: int, uses: int, first_client: int | None) -> None:
 
     \b
     Examples:
-      fedtower enrol codes credentials.sqlite -n 20 --first-client 0
-      fedtower enrol codes credentials.sqlite --uses 500
+      fedtower enrol codes keys/credentials.sqlite -n 20 --first-client 0
+      fedtower enrol codes keys/credentials.sqlite --uses 500
     """
     for code in _open(path, new=True).make_codes(count, uses=uses, first_client=first_client):
         click.echo(code)
@@ -130,7 +131,7 @@ def withdraw(path: Path, code: str) -> None:
 
     \b
     Example:
-      fedtower enrol withdraw credentials.sqlite 1f0c7a2e9b3d5a64
+      fedtower enrol withdraw keys/credentials.sqlite 1f0c7a2e9b3d5a64
     """
     _open(path).withdraw(code)
     click.echo("withdrawn; devices that have used it stay enrolled")
@@ -145,7 +146,7 @@ def certificate(path: Path, name: str, client: int | None) -> None:
 
     \b
     Example:
-      fedtower enrol certificate credentials.sqlite shop-1 --client 0
+      fedtower enrol certificate keys/credentials.sqlite shop-1 --client 0
     """
     device = _open(path, new=True).register(name, client)
     click.echo(f"device {device.id} is client {device.client}")
@@ -159,7 +160,7 @@ def show(path: Path, as_json: bool) -> None:
 
     \b
     Example:
-      fedtower enrol list credentials.sqlite
+      fedtower enrol list keys/credentials.sqlite
     """
     credentials = _open(path)
     devices = credentials.devices()
@@ -186,7 +187,7 @@ def revoke(path: Path, device: str) -> None:
 
     \b
     Example:
-      fedtower enrol revoke credentials.sqlite 3b1f0c7a2e9b3d5a
+      fedtower enrol revoke keys/credentials.sqlite 3b1f0c7a2e9b3d5a
     """
     found = _open(path).revoke(device)
     click.echo(f"device {found.id} (client {found.client}) is revoked")
