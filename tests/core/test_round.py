@@ -998,7 +998,7 @@ def test_an_aggregator_that_loses_what_it_is_given_ends_the_run(part: str, lost:
             self, blocks: Iterable[Updates], state: Mapping[str, NDArray[Any]]
         ) -> tuple[Updates, Mapping[str, NDArray[Any]]]:
             total, memory = super().fold(blocks, state)
-            return replace(total, **{part: {}}), memory
+            return replace(total, dense={}) if part == "dense" else replace(total, rows={}), memory
 
     with pytest.raises(PluginError, match=f"the aggregator Forgetful was given {lost} and gives a total without"):
         outcome(parts(0, 1, aggregator=Forgetful()))
