@@ -19,8 +19,9 @@ from fedtower.core.recipe import load_recipe, parse_recipe
 from fedtower.plugins.datasets.criteo import example as clicks
 from fedtower.recsys.index_of_run import keys_of, queries_of
 from fedtower.recsys.retrieval import recall
-from fedtower.recsys.run import Run, Trained, load, resume
+from fedtower.recsys.run import Run, load, resume
 from fedtower.recsys.tasks import Histories
+from fedtower.recsys.trained import Trained
 
 
 @pytest.fixture(scope="session")
