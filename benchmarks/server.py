@@ -72,8 +72,8 @@ from fedtower.plugins.transports.grpc.tensors import to_tensor
 from fedtower.plugins.transports.grpc.tls import DeviceTls, ServerTls
 from fedtower.plugins.transports.grpc.transport import rows_address
 from fedtower.protos.v1 import federation_pb2 as pb
+from fedtower.recsys.opening import as_deployed
 from fedtower.recsys.run_folder import RunFolder
-from fedtower.recsys.serve_command import as_deployed
 from fedtower.recsys.serving import Door, Worker, found, intake_config, intake_module, with_ports
 
 # Uploads of a run, by bytes: some seconds each. Where there are more clients than that, each submits once.

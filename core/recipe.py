@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -35,6 +35,7 @@ __all__ = [
     "load_recipe",
     "override_values",
     "parse_recipe",
+    "read_recipe",
     "written_out",
 ]
 
@@ -264,17 +265,30 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = (), registr
         RecipeError: the recipe does not exist, or a key, a part or a value is not known; the message names the nearest.
     """
     registry = discover(folder=Path.cwd()) if registry is None else registry
+    return _loaded(name_or_path, overrides, registry, lambda recipe: check(recipe, registry))
+
+
+def read_recipe(name_or_path: str | Path, overrides: Iterable[str], registry: Registry) -> Recipe:
+    """The same, as it is written: its parts are neither looked for nor imported.
+
+    Raises:
+        RecipeError: the recipe does not exist, or one of its own keys is not known.
+    """
+    return _loaded(name_or_path, overrides, registry, lambda recipe: recipe)
+
+
+def _loaded(
+    name_or_path: str | Path, overrides: Iterable[str], registry: Registry, checked: Callable[[Recipe], Recipe]
+) -> Recipe:
+    """The recipe, ``checked``; what is wrong is told with where it stands."""
     text, origin = _read(name_or_path, registry)
     overrides = list(overrides)
     try:
-        values = override_values(tomllib.loads(text), overrides)
-        recipe = parse_recipe(values)
-        recipe = check(recipe, registry)
+        return checked(parse_recipe(override_values(tomllib.loads(text), overrides)))
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{origin} is not TOML: {error}") from error
     except RecipeError as error:
         raise RecipeError(f"{origin}{', with your -o,' if overrides else ''} cannot be run: {error}") from error
-    return recipe
 
 
 def parse_recipe(values: Mapping[str, Any]) -> Recipe:

@@ -190,6 +190,11 @@ class Registry:
         """The folder whose ``fedtower_plugins.py`` counts, if there is one."""
         return self._local
 
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """The gates that every plugin must pass."""
+        return self._gates
+
     def use_folder(self, folder: Path) -> None:
         """Let the ``fedtower_plugins.py`` of this folder count, if it has one, instead of another folder's."""
         if (folder / LOCAL_FILE).is_file() and folder.resolve() != self._local:

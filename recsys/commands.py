@@ -13,7 +13,7 @@ from rich.text import Text
 
 from fedtower.core.cli import pass_registry
 from fedtower.core.garbage import undisturbed
-from fedtower.core.recipe import load_recipe
+from fedtower.core.recipe import load_recipe, read_recipe
 from fedtower.core.registry import Registry
 from fedtower.recsys.bundle import Bundle, Precision
 from fedtower.recsys.display import Display, fitted, index_in_words
@@ -62,10 +62,10 @@ def run(registry: Registry, recipe: str, overrides: tuple[str, ...], runs: Path,
     """
     rank, count = rank_and_count()
     if count == 1:
-        loaded = load_recipe(recipe, overrides, registry)  # a mistake is told before torch takes its seconds to load
-        if loaded.mode == "deployed":
+        if read_recipe(recipe, overrides, registry).mode == "deployed":  # who serves imports nothing that trains
             serve_recipe(registry, recipe, overrides, runs, verbose=verbose)
             return
+        load_recipe(recipe, overrides, registry)  # a mistake is told before torch takes its seconds to load
     with undisturbed():
         from fedtower.recsys import run as api
 

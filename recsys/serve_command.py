@@ -10,12 +10,12 @@ import click
 from rich.console import Console
 
 from fedtower.core.cli import pass_registry
-from fedtower.core.errors import CheckpointError, RecipeError, TrustError
-from fedtower.core.recipe import Recipe, check, load_recipe
+from fedtower.core.errors import CheckpointError, TrustError
 from fedtower.core.registry import Registry
 from fedtower.recsys.display import fitted
+from fedtower.recsys.opening import opened
 from fedtower.recsys.run_folder import RunFolder
-from fedtower.recsys.serving import Door, found, intake_module, serve, with_ports
+from fedtower.recsys.serving import Door, serve, with_ports
 from fedtower.recsys.tether import hold
 
 HOST, PORT, KEYS = "127.0.0.1", 7433, Path("keys")
@@ -124,21 +124,22 @@ def serve_recipe(
     door = _door(host, port, keys, mutual=mutual, insecure=insecure)
     door = with_ports(replace(door, status_host=status_host, status_port=status_port))
     console = Console(highlight=False)
-    folder, loaded = _opened(name, overrides, runs, keys, registry)
-    console.print(f"run: {folder.path}\ndevices call {host}:{door.port}", soft_wrap=True)
-    if door.status_port is not None:
-        console.print(f"live page: {door.page}", soft_wrap=True)
-    with folder.serving(), hold() as tether:
-        serve(
-            folder,
-            loaded,
-            registry,
-            door,
-            intakes=intakes,
-            tether=tether,
-            verbose=verbose,
-            said=lambda text: console.print(fitted(console, f"note: {text}"), soft_wrap=True),
-        )
+    with hold() as tether:
+        folder, loaded = opened(name, overrides, runs, keys, registry, tether)
+        console.print(f"run: {folder.path}\ndevices call {host}:{door.port}", soft_wrap=True)
+        if door.status_port is not None:
+            console.print(f"live page: {door.page}", soft_wrap=True)
+        with folder.serving():
+            serve(
+                folder,
+                loaded,
+                registry,
+                door,
+                intakes=intakes,
+                tether=tether,
+                verbose=verbose,
+                said=lambda text: console.print(fitted(console, f"note: {text}"), soft_wrap=True),
+            )
     console.print(f"next: fedtower report {folder.path}", soft_wrap=True)
 
 
@@ -152,42 +153,6 @@ def refuse_going_back(folder: RunFolder, start: int | None) -> None:
             f"--from out; to train on other ways, or when that checkpoint is damaged, begin another run with `fedtower "
             f"serve {folder.path / 'recipe.toml'}`"
         )
-
-
-def _opened(
-    name: str, overrides: Sequence[str], runs: Path, keys: Path, registry: Registry
-) -> tuple[RunFolder, Recipe]:
-    """The folder of a run that was served before, or a new one."""
-    if (Path(name) / "recipe.toml").is_file():
-        if overrides:
-            raise RecipeError("a run goes on with the recipe it was started with: leave -o out, or begin another run")
-        folder = RunFolder.open(Path(name))
-        folder.federation()
-        recipe = folder.recipe()
-        registry.use_folder(folder.path)
-        return folder, check(recipe, registry)
-    recipe = as_deployed(name, overrides, registry)
-    if not (keys / "signing.pem").is_file():
-        raise TrustError(
-            f"there is no signing key {keys / 'signing.pem'}: `fedtower keygen {keys}` makes it, and the public half "
-            f"that devices pin"
-        )
-    folder = RunFolder.create(recipe, registry, runs)
-    found(folder, keys)
-    return folder, recipe
-
-
-def as_deployed(name: str, overrides: Sequence[str], registry: Registry) -> Recipe:
-    """The recipe with mode = "deployed", over a transport that devices can call: the first one, if it names none."""
-    asked = [*overrides, "mode=deployed"]
-    if not any(each.partition("=")[0].strip() == "transport.name" for each in overrides):
-        own = load_recipe(name, [each for each in asked if not each.strip().startswith("transport.")], registry)
-        reaching = [offer.name for offer in registry.offers("transport") if "intake" in offer.capabilities]
-        if own.transport.name not in reaching and reaching:
-            asked.append(f"transport.name={reaching[0]}")
-    recipe = load_recipe(name, asked, registry)
-    intake_module(registry, recipe)
-    return recipe
 
 
 def _door(host: str, port: int, keys: Path, *, mutual: bool, insecure: bool) -> Door:

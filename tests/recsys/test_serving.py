@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,11 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from fedtower.core.errors import ServingError
+from fedtower.core.cli import call
+from fedtower.core.errors import RecipeError, ServingError
+from fedtower.core.registry import Gate, discover
+from fedtower.recsys.opening import opened
 from fedtower.recsys.serving import Door, Worker, refuse_taken
+from fedtower.recsys.tether import hold
+from tests.house.test_imports import HEAVY
 
 
 def worker(program: str) -> Worker:
@@ -83,3 +90,59 @@ def test_who_is_started_to_serve_ends_with_the_one_that_started_it() -> None:
     assert starter.stdout.readline() == "started\n"
     starter.kill()
     starter.communicate(timeout=60.0)  # its child has the other end of this pipe, for as long as it lives
+
+
+SERVES = """
+import json, sys
+from fedtower.core.cli import call
+call(["serve", "dssm-synthetic", "--insecure", "--no-status", "--port", "0"])
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def test_who_looks_after_the_processes_imports_nothing_that_trains(run_root: Path) -> None:
+    assert call(["keygen", "keys"]) == 0
+    supervisor = subprocess.Popen([sys.executable, "-c", SERVES], stdout=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 120.0
+        while not list(run_root.glob("runs/*/processes.json")):
+            assert supervisor.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    finally:
+        supervisor.terminate()
+        said, _ = supervisor.communicate(timeout=60.0)
+    modules = set(json.loads(said.splitlines()[-1]))
+    assert "numpy" in modules
+    assert not modules & (HEAVY | {"grpc"})
+
+
+def test_what_is_wrong_with_a_recipe_is_raised_where_it_was_asked(run_root: Path) -> None:
+    registry = discover([Gate("--plugins-block", block=("model-dssm",))])
+    with hold() as tether, pytest.raises(RecipeError, match="model-dssm of fedtower is blocked: blocked by --plugins"):
+        opened("dssm-synthetic", [], run_root / "runs", run_root / "keys", registry, tether)
+
+
+BREAKS = """
+from fedtower.core.hooks import hookimpl
+
+class Breaks:
+    def __init__(self):
+        raise RuntimeError("it broke")
+
+    def open(self, model, local):
+        return self
+
+@hookimpl
+def fedtower_register(registry):
+    registry.runtime("breaks", "fedtower_plugins:Breaks")
+"""
+
+
+def test_a_plugin_that_breaks_while_a_run_is_opened_is_told_of(
+    run_root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (run_root / "fedtower_plugins.py").write_text(BREAKS)
+    with hold() as tether, pytest.raises(ServingError, match="exit code 1 and without an answer"):
+        opened("dssm-synthetic", ["runtime.name=breaks"], run_root, run_root, discover(folder=run_root), tether)
+    assert "RuntimeError: it broke" in capfd.readouterr().err

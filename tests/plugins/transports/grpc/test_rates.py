@@ -18,8 +18,8 @@ from fedtower.core.settings import build
 from fedtower.plugins.transports.grpc.rates import Bucket, Rates, RateSettings
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
 from fedtower.plugins.transports.grpc.transport import Grpc
+from fedtower.recsys.opening import as_deployed
 from fedtower.recsys.run_folder import RunFolder
-from fedtower.recsys.serve_command import as_deployed
 from fedtower.recsys.serving import Door, intake_config
 from tests.plugins.transports.grpc.standing import Standing, standing
 
