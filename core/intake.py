@@ -47,12 +47,21 @@ class Renewal:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Ending:
+    """Says that a visit brought nothing."""
+
+    lease: bytes
+    late: bool
+
+
 Answer = Lease | Outcome | None
 
 
 class Batch(Generic[S]):
     """Answers orders, one after the other, and remembers what is to be written: leases that are ``replaced``, and then
-    those ``granted`` and ``renewed``, and the uploads ``accepted``, each with its lease and position.
+    those ``granted``, ``renewed`` and ``ended``, and the uploads ``accepted``, each with its lease and position, at the
+    moment ``now``.
 
     ``rounds`` are the windows of all orders, as far as there are such, and ``leases`` all that the orders name, and the
     newest one of each client who asks. Where a grant has a ``most``, all open windows of its task are among ``rounds``,
@@ -60,7 +69,7 @@ class Batch(Generic[S]):
     """
 
     def __init__(self, now: Instant, rounds: Mapping[Window, RoundRecord], leases: Iterable[LeaseRecord]) -> None:
-        self._now = now
+        self.now = now
         self._rounds = rounds
         self._leases: dict[bytes, LeaseRecord] = {}
         self._counts: dict[Window, int] = {}
@@ -71,6 +80,7 @@ class Batch(Generic[S]):
         self.replaced: list[bytes] = []
         self.granted: list[Lease] = []
         self.renewed: list[Lease] = []
+        self.ended: list[Ending] = []
         self.accepted: list[tuple[Lease, int, S]] = []
 
     @property
@@ -81,7 +91,7 @@ class Batch(Generic[S]):
     def judge(self, upload: Sent) -> Outcome:
         """What would become of an upload."""
         held = self._leases.get(upload.lease)
-        return judge(upload.digest, held, self._state_of(held), self._now)
+        return judge(upload.digest, held, self._state_of(held), self.now)
 
     def accept(self, upload: S) -> Outcome:
         """Count the upload, if it may."""
@@ -92,7 +102,7 @@ class Batch(Generic[S]):
             position = self._counts.get(window, self._rounds[window].accepted) + 1
             self._counts[window] = position
             self.accepted.append((held.lease, position, upload))
-            self._leases[upload.lease] = LeaseRecord(held.lease, upload.digest)
+            self._leases[upload.lease] = LeaseRecord(held.lease, upload.digest, ended=self.now)
             self._at_work.pop(held.lease.task, None)
         return outcome
 
@@ -104,7 +114,7 @@ class Batch(Generic[S]):
         held = self._leases.get(self._newest.get((order.round, order.task, order.client), b""))
         if held is not None and held.digest is not None:
             return None
-        if held is not None and lives(held, record.state, self._now):
+        if held is not None and lives(held, record.state, self.now):
             return held.lease
         if order.most is not None:
             at_work = self._at_work[order.task] = self._at_work.get(order.task) or self._living(order.task)
@@ -113,8 +123,8 @@ class Batch(Generic[S]):
         if held is not None:
             self.replaced.append(held.lease.id)
             self._keep(replace(held, replaced=True))
-        expires = self._later(order.seconds)
-        lease = Lease(secrets.token_bytes(16), order.round, order.task, order.client, expires)
+        id, expires = secrets.token_bytes(16), self._later(order.seconds)
+        lease = Lease(id, order.round, order.task, order.client, expires, given=self.now)
         self.granted.append(lease)
         self._keep(LeaseRecord(lease))
         self._at_work.get(order.task, {})[order.client] = lease
@@ -123,12 +133,22 @@ class Batch(Generic[S]):
     def renew(self, order: Renewal) -> Lease | None:
         """The lease with another end."""
         held = self._leases.get(order.lease)
-        if held is None or not lives(held, self._state_of(held), self._now):
+        if held is None or not lives(held, self._state_of(held), self.now):
             return None
         lease = replace(held.lease, expires=self._later(order.seconds))
         self.renewed.append(lease)
         self._keep(replace(held, lease=lease))
         return lease
+
+    def end(self, order: Ending) -> None:
+        """Note it, unless more is known already, or the machine was started anew since, which ended it."""
+        held = self._leases.get(order.lease)
+        if held is None or held.digest is not None or held.lease.expires.boot != self.now.boot:
+            return
+        if held.late or (held.ended is not None and not order.late):
+            return
+        self.ended.append(order)
+        self._leases[order.lease] = replace(held, ended=self.now, late=order.late)
 
     def _living(self, task: Task) -> dict[int, Lease]:
         """The living leases of a task, by client, in whichever window."""
@@ -136,7 +156,7 @@ class Batch(Generic[S]):
         return {
             held.lease.client: held.lease
             for held in every
-            if held.lease.task == task and lives(held, self._state_of(held), self._now)
+            if held.lease.task == task and lives(held, self._state_of(held), self.now)
         }
 
     def _keep(self, held: LeaseRecord) -> None:
@@ -150,4 +170,4 @@ class Batch(Generic[S]):
         return "abandoned" if record is None else record.state
 
     def _later(self, seconds: float) -> Instant:
-        return Instant(self._now.boot, self._now.seconds + seconds)
+        return Instant(self.now.boot, self.now.seconds + seconds)

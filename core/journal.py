@@ -97,13 +97,16 @@ class RoundRecord:
 
 @dataclass(frozen=True)
 class Lease:
-    """One client's right to send one upload in a window. ``id`` is 16 bytes that nobody can guess."""
+    """One client's right to send one upload in a window. ``id`` is 16 bytes that nobody can guess; ``given`` is when it
+    was given, which a journal does not know of leases that are older than that column.
+    """
 
     id: bytes
     round: int
     task: Task
     client: int
     expires: Instant
+    given: Instant | None = None
 
     def seconds_left(self, now: Instant) -> float:
         """How long it lives; nothing once the machine was started anew.
@@ -155,7 +158,10 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Accepted:
-    """An accepted upload, read back; ``position`` counts those of its window from 1, in the order of acceptance."""
+    """An accepted upload, read back; ``position`` counts those of its window from 1, in the order of acceptance.
+
+    ``seconds`` is how long after its lease was given it was accepted, where that is known.
+    """
 
     round: int
     task: Task
@@ -163,6 +169,7 @@ class Accepted:
     client: int
     lease: bytes
     payload: bytes = field(repr=False)
+    seconds: float | None = None
 
 
 class Journal(Protocol):
@@ -225,6 +232,23 @@ class Journal(Protocol):
         """What becomes of the upload: see :func:`judge`."""
         ...
 
+    def end(self, lease: bytes, *, late: bool) -> Future[None]:
+        """Note that a visit has ended now and brought nothing: its client was told so, or its update was refused or
+        came too ``late``. What is accepted under the lease afterwards counts all the same; of several endings the first
+        is kept, and one that was late before all others. One that is noted after the machine was started anew is not.
+        """
+        ...
+
+    def over(self, task: Task, after: Instant | None, until: Instant) -> list[LeaseRecord]:
+        """The leases that brought nothing, and came to an end (:func:`ends_of`) after one moment (``None``: at any) and
+        not after another.
+        """
+        ...
+
+    def now(self) -> Instant:
+        """What time it is by the clock that leases are measured by."""
+        ...
+
     def find(self, lease: bytes) -> LeaseRecord | None:
         """A lease that was given out, and the digest of what was accepted under it; ``None`` for an unknown one."""
         ...
@@ -267,11 +291,16 @@ class JournalFactory(Protocol):
 
 @dataclass(frozen=True)
 class LeaseRecord:
-    """A lease, the digest of the upload accepted under it, and whether a newer one has taken its place."""
+    """A lease, the digest of the upload accepted under it, and whether a newer one has taken its place.
+
+    ``ended`` is when its upload was accepted, or when it was noted that nothing comes of it, ``late`` or otherwise.
+    """
 
     lease: Lease
     digest: bytes | None = None
     replaced: bool = False
+    ended: Instant | None = None
+    late: bool = False
 
 
 def judge(digest: bytes, held: LeaseRecord | None, state: State, now: Instant) -> Outcome:
@@ -288,6 +317,34 @@ def judge(digest: bytes, held: LeaseRecord | None, state: State, now: Instant) -
 def lives(held: LeaseRecord, state: State, now: Instant) -> bool:
     """Whether a first upload under this lease would be accepted."""
     return state == "open" and held.digest is None and not held.replaced and held.lease.seconds_left(now) > 0
+
+
+def between(moment: Instant, after: Instant | None, until: Instant) -> bool:
+    """Whether a moment lies after one and not after another. One of an earlier start of the machine lies before all of
+    a later one.
+
+    >>> between(Instant("first", 60.0), Instant("first", 50.0), Instant("first", 60.0))
+    True
+    >>> between(Instant("first", 60.0), Instant("first", 50.0), Instant("second", 1.0))
+    True
+    >>> between(Instant("first", 60.0), Instant("second", 1.0), Instant("second", 2.0))
+    False
+    """
+    if moment.boot == until.boot:
+        return moment.seconds <= until.seconds and (
+            after is None or after.boot != moment.boot or moment.seconds > after.seconds
+        )
+    return after is None or (after.boot == moment.boot and moment.seconds > after.seconds)
+
+
+def ends_of(held: LeaseRecord) -> list[Instant]:
+    """When a lease that brought nothing came to an end: when it expired, and when that was noted, which may be later;
+    no expiry where it was noted before.
+    """
+    noted, expired = held.ended, held.lease.expires
+    if noted is None:
+        return [expired]
+    return [expired, noted] if noted.boot == expired.boot and noted.seconds > expired.seconds else [noted]
 
 
 def check_open(record: RoundRecord, plan: str) -> None:

@@ -26,7 +26,7 @@ from fedtower.core.server import Counting, PublicTraining, Schedule, ServerOptim
 from fedtower.core.staleness import AsynchronousSettings
 from fedtower.core.tally import RoundReport, Tally
 from fedtower.core.transform import Transform, finish
-from fedtower.core.transport import Abandoned, KeepsTime, OwnTime, Transport
+from fedtower.core.transport import Abandoned, KeepsTime, OwnTime, TellsTime, Transport
 from fedtower.core.updates import Updates
 
 __all__ = ["Parts", "RoundReport", "run_round", "run_rounds", "stopped"]
@@ -138,9 +138,8 @@ def run_round(state: ServerState, parts: Parts) -> tuple[ServerState, RoundRepor
     state = moved(state, total, memory, tally.survivors(), parts)
 
     seconds = parts.clock() - started
-    spent = None
+    spent = parts.transport.spent(tally.survivors()) if isinstance(parts.transport, TellsTime) else None
     if isinstance(parts.transport, OwnTime):
-        spent = parts.transport.spent(tally.survivors())
         state = replace(state, transport=parts.transport.state())
     state = learn(state, listening.heard(seconds, deadline), parts)
     report = tally.report(plan.round, parts.rounds, seconds, spent)

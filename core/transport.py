@@ -32,7 +32,7 @@ class KeepsTime(Protocol):
 @dataclass(frozen=True)
 class DeviceTime:
     """What a round took of its devices, in seconds of theirs: in all, and of visits that did not count. ``late`` visits
-    were finished, and came when the round was over.
+    were finished, and came when the round was over; over a network, in the round before or earlier.
     """
 
     seconds: float = 0.0
@@ -41,7 +41,18 @@ class DeviceTime:
 
 
 @runtime_checkable
-class OwnTime(Protocol):
+class TellsTime(Protocol):
+    """A transport that knows how long devices work."""
+
+    def spent(self, counted: Cohort) -> DeviceTime:
+        """What the visits took that ended in this round, if of its cohort ``counted`` counts: once a round, when it is
+        over.
+        """
+        ...
+
+
+@runtime_checkable
+class OwnTime(TellsTime, Protocol):
     """A transport in whose world time goes otherwise than here. Its time is part of the server's state: a round begins
     at the one, and leaves the next.
     """
@@ -56,10 +67,6 @@ class OwnTime(Protocol):
 
     def now(self) -> float:
         """Seconds since some midnight."""
-        ...
-
-    def spent(self, counted: Cohort) -> DeviceTime:
-        """What the round took, if of its cohort ``counted`` counts."""
         ...
 
 

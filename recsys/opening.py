@@ -136,11 +136,8 @@ def _answer(question: Mapping[str, Any]) -> dict[str, str]:
 
 def _class_of(error: FedtowerError) -> str:
     """The name of its nearest class that takes a message and nothing else, and that whoever asked knows too."""
-    return next(
-        cls.__name__
-        for cls in type(error).__mro__
-        if getattr(errors, cls.__name__, None) is cls and "__init__" not in vars(cls)
-    )
+    ours = [cls for cls in type(error).__mro__ if getattr(errors, cls.__name__, None) is cls]
+    return next(str(cls.__name__) for cls in ours if "__init__" not in vars(cls))
 
 
 def main() -> int:

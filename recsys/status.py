@@ -13,6 +13,8 @@ The table and the page of a status show the same object, and ``--json`` and ``/s
 ``refusals``    calls and updates refused at the public port, by reason
 ``leases``      given out, by task; ``acknowledged``: updates, by task; ``duplicates``: sent again
 ``bytes_up``    bytes of updates that came whole; ``bytes_down``: of artefacts and rows
+``work``        of devices in training, as rounds that are done tell: ``seconds``, of that ``wasted``, and how many
+                visits were ``late``
 ``loss``        of the newest round, and ``evaluation`` the newest: ``round``, ``role``, ``label``, ``metrics``
 ``curves``      by name, points ``[round, value]`` from left to right, at most 200, neighbours as their mean
 ``windows``     the newest of the journal: ``round``, ``task``, ``state``, ``accepted``, ``reason``
@@ -79,6 +81,7 @@ class Status:
     duplicates: int
     bytes_up: int
     bytes_down: int
+    work: Mapping[str, float]
     loss: float | None
     evaluation: Mapping[str, Any] | None
     curves: Mapping[str, Sequence[Point]]
@@ -151,6 +154,7 @@ class Watched:
             duplicates=counts.duplicates,
             bytes_up=counts.bytes_up,
             bytes_down=counts.bytes_down,
+            work=_work(record),
             loss=record.rounds[-1].get("loss") if record.rounds else None,
             evaluation=evaluation and {name: evaluation.get(name) for name in ("round", "role", "label", "metrics")},
             curves=_curves(record),
@@ -232,6 +236,12 @@ def _dropped(record: RunRecord) -> dict[str, int]:
     silent = int(record.total("dropped")) - sum(refused.values())
     named = {f"refused: {name}": count for name, count in refused.most_common()}
     return {SILENT: silent, **named} if silent > 0 else named
+
+
+def _work(record: RunRecord) -> dict[str, float]:
+    """What training took of the devices."""
+    seconds, wasted = (round(record.total(f"{name}_seconds"), 3) for name in ("device", "wasted"))
+    return {"seconds": seconds, "wasted": wasted, "late": int(record.total("late"))}
 
 
 def _curves(record: RunRecord) -> dict[str, list[Point]]:

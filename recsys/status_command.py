@@ -24,7 +24,7 @@ from fedtower.core.registry import Registry
 from fedtower.recsys.process_log import FollowedLogs
 from fedtower.recsys.run_folder import FEDERATION, RunFolder
 from fedtower.recsys.status import Watched
-from fedtower.recsys.units import figure, in_bytes, in_count
+from fedtower.recsys.units import figure, in_bytes, in_count, in_seconds
 
 EVERY_SECONDS = 1.0
 _MOST_BYTES = 4 << 20
@@ -197,6 +197,7 @@ def _rows(told: Told) -> list[tuple[str, Text]]:
         ("dropped out", _by(told["dropped"])),
         ("refused", _by(told["refusals"])),
         ("bytes", f"{in_bytes(told['bytes_up'])} up, {in_bytes(told['bytes_down'])} down"),
+        ("devices worked", _worked(told.get("work", {}))),
         ("loss", figure(told["loss"]) + (f" in round {told['round']}" if told["loss"] is not None else "")),
     ]
     if evaluation:
@@ -205,6 +206,14 @@ def _rows(told: Told) -> list[tuple[str, Text]]:
     rows += [("processes", _processes(told)), ("live page", str(told["page"]))]
     rows.append(("trouble", Text(str(told["trouble"]), style="bold red")))
     return [(name, value if isinstance(value, Text) else Text(value)) for name, value in rows if value]
+
+
+def _worked(work: Mapping[str, float]) -> str:
+    """How long, and for nothing; nothing where it is not known."""
+    if not work.get("seconds"):
+        return ""
+    late = f"; {in_count(work['late'])} came when their round was over" if work["late"] else ""
+    return f"{in_seconds(work['seconds'])}, of that {in_seconds(work['wasted'])} for nothing{late}"
 
 
 def _by(counts: Mapping[str, int]) -> str:

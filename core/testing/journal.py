@@ -245,6 +245,50 @@ class JournalPromises(Promises):
         assert found.digest == hashlib.sha256(b"an update").digest()
         assert journal.find(bytes(16)) is None
 
+    def test_it_is_known_how_long_a_client_had_its_lease(self, journal: Journal, place: Place) -> None:
+        lease, given = leased(journal), place.clock()
+        place.clock.go_on(50.0)
+        renewed = journal.renew(lease.id, 60.0).result()
+        place.clock.go_on(20.0)
+        assert (lease.given, renewed and renewed.given) == (given, given)
+        assert sent(journal, lease) is Outcome.ACCEPTED
+        assert [each.seconds for each in journal.accepted(1, "train")] == [70.0]
+        assert journal.now() == place.clock()
+
+    def test_a_lease_that_brought_nothing_is_told_of_when_it_ends(self, journal: Journal, place: Place) -> None:
+        done, told, late, silent = (leased(journal, client) for client in range(4))
+        begun = journal.now()
+        place.clock.go_on(10.0)
+        assert sent(journal, done) is Outcome.ACCEPTED
+        journal.end(told.id, late=False).result()
+        journal.end(done.id, late=False).result()
+        journal.end(bytes(16), late=False).result()
+        first = journal.now()
+        place.clock.go_on(20.0)
+        journal.advance(1, 1, "train", "closed")
+        assert sent(journal, late) is Outcome.LATE
+        journal.end(late.id, late=True).result()
+        journal.end(told.id, late=False).result()
+        second = journal.now()
+        assert journal.over("train", begun, first) == [LeaseRecord(told, ended=first)]
+        assert journal.over("train", first, second) == [LeaseRecord(late, ended=second, late=True)]
+        assert journal.over("evaluate", None, second) == []
+        place.clock.start_anew("second")
+        assert journal.over("train", second, journal.now()) == [LeaseRecord(silent)]
+        journal.end(silent.id, late=True).result()
+        assert journal.over("train", journal.now(), journal.now()) == []
+        assert {held.lease.client for held in journal.over("train", None, journal.now())} == {1, 2, 3}
+
+    def test_who_is_told_of_again_after_its_lease_ran_out_ends_twice(self, journal: Journal, place: Place) -> None:
+        lease = leased(journal, seconds=60.0)
+        place.clock.go_on(60.0)
+        first = journal.now()
+        assert journal.over("train", None, first) == [LeaseRecord(lease)]
+        place.clock.go_on(15.0)
+        journal.end(lease.id, late=True).result()
+        assert journal.over("train", None, first) == [LeaseRecord(lease, ended=journal.now(), late=True)]
+        assert journal.over("train", first, journal.now()) == [LeaseRecord(lease, ended=journal.now(), late=True)]
+
     def test_a_window_that_is_not_open_gives_no_lease(self, journal: Journal) -> None:
         assert journal.lease(2, "train", 7, 60.0).result() is None
         assert journal.lease(1, "evaluate", 7, 60.0).result() is None

@@ -153,7 +153,7 @@ def run_machine(factory: JournalFactory, folder: Path) -> None:
                 assert lease == self.model.leases[self.model.current[key]]
             else:
                 assert lease.id not in self.model.leases
-                assert lease == Lease(lease.id, *key, Instant(now.boot, now.seconds + seconds))
+                assert lease == Lease(lease.id, *key, Instant(now.boot, now.seconds + seconds), given=now)
             self.model.leases[lease.id] = lease
             self.model.current[key] = lease.id
 

@@ -138,9 +138,10 @@ def test_a_model_that_an_earlier_process_loaded_is_not_loaded_now(served: Served
 
 def test_figures_of_rounds_windows_and_the_public_port(served: Served) -> None:
     for number in range(1, 1001):
-        refused = {"refused": {"norm": 1, "repeated": 5}} if number == 3 else {}
+        work = {"device_seconds": 300.25, "wasted_seconds": 70.0, "late": 2}
+        more = {"refused": {"norm": 1, "repeated": 5}, **work} if number == 3 else {}
         served.log.append(
-            "round", round=number, loss=5.0 - number / 1000, clients=8, dropped=2, bytes_up=1, bytes_down=1, **refused
+            "round", round=number, loss=5.0 - number / 1000, clients=8, dropped=2, bytes_up=1, bytes_down=1, **more
         )
     served.log.append(
         "evaluation", round=1000, role="validation", label="on devices", metrics={"HR@10": 0.5, "MRR": 0.1}
@@ -156,6 +157,7 @@ def test_figures_of_rounds_windows_and_the_public_port(served: Served) -> None:
     other.write({"fedtower_refusals": [({"reason": "late"}, 2.0)]})
     seen = served.status()
     assert (seen.round, seen.rounds, seen.clients) == (1000, 60, 8000)
+    assert seen.work == {"seconds": 300.25, "wasted": 70.0, "late": 2}
     assert seen.dropped == {SILENT: 1999, "refused: norm": 1}
     assert seen.refusals == {"late": 5, "norm": 4}
     assert (seen.leases, seen.acknowledged, seen.duplicates) == ({"train": 8}, {"train": 7}, 2)
@@ -174,6 +176,7 @@ def test_figures_of_rounds_windows_and_the_public_port(served: Served) -> None:
     text = " ".join(lines)
     for part in ("late 5, norm 4", f"{SILENT} 1,999, refused: norm 1", "500 kB up, 9.0 MB down", "there were too few"):
         assert part in text
+    assert "5 min 00 s, of that 70 s for nothing" in text
     seat.leave()
     other.leave()
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from fedtower.core.intake import Answer, Batch, Grant, Renewal, Window
+from fedtower.core.intake import Answer, Batch, Ending, Grant, Renewal, Window
 from fedtower.core.journal import Instant, Lease, LeaseRecord, RoundRecord, Upload
 from fedtower.plugins.journals.postgresql.database import Cursor
 
 ROUND = "round, task, state, epoch, plan, reason, accepted, retired"
-LEASE = "id, round, task, client, boot, expires, digest, replaced"
+LEASE = "id, round, task, client, boot, expires, digest, replaced, given, ended, late"
 
-Order = Grant | Renewal | Upload
+Order = Grant | Renewal | Ending | Upload
 
 
 def commit(orders: Sequence[Order], cursor: Cursor, now: Instant) -> list[Answer]:
@@ -52,9 +52,9 @@ def read_batch(orders: Sequence[Order], cursor: Cursor, now: Instant) -> Batch[U
             "(SELECT * FROM unnest(%s::bigint[], %s::text[], %s::bigint[]))",
             [list(column) for column in zip(*asked, strict=True)],
         )
-        leases += _leases(found)
+        leases += leases_of(found)
     if under_way:
-        leases += _leases(
+        leases += leases_of(
             cursor.execute(
                 f"SELECT {LEASE} FROM leases WHERE NOT replaced AND digest IS NULL AND (round, task) IN "
                 "(SELECT round, task FROM rounds WHERE state = 'open' AND task = ANY(%s))",
@@ -70,19 +70,23 @@ def write_leases(batch: Batch[Upload], cursor: Cursor) -> None:
     if batch.replaced:
         cursor.execute("UPDATE leases SET replaced = true WHERE id = ANY(%s)", (batch.replaced,))
     if batch.granted:
-        write(f"INSERT INTO leases ({LEASE}) VALUES (%s, %s, %s, %s, %s, %s, NULL, false)", map(_row, batch.granted))
+        given = [(*_row(lease), batch.now.seconds) for lease in batch.granted]
+        write(f"INSERT INTO leases ({LEASE}) VALUES (%s, %s, %s, %s, %s, %s, NULL, false, %s, NULL, false)", given)
     if batch.renewed:
         renewed = [(lease.expires.seconds, lease.id) for lease in batch.renewed]
         write("UPDATE leases SET expires = %s WHERE id = %s", renewed)
+    if batch.ended:
+        ended = [(batch.now.seconds, each.late, each.lease) for each in batch.ended]
+        write("UPDATE leases SET ended = %s, late = %s WHERE id = %s AND digest IS NULL", ended)
 
 
 def write_uploads(batch: Batch[Upload], cursor: Cursor) -> None:
     """What was accepted, and how many a window has by now."""
     digests = [[sent.lease for _, _, sent in batch.accepted], [sent.digest for _, _, sent in batch.accepted]]
     cursor.execute(
-        "UPDATE leases SET digest = new.digest FROM unnest(%s::bytea[], %s::bytea[]) AS new (id, digest) "
-        "WHERE leases.id = new.id",
-        digests,
+        "UPDATE leases SET digest = new.digest, ended = %s, late = false "
+        "FROM unnest(%s::bytea[], %s::bytea[]) AS new (id, digest) WHERE leases.id = new.id",
+        [batch.now.seconds, *digests],
     )
     for count, window in batch.counts:
         cursor.execute("UPDATE rounds SET accepted = %s WHERE round = %s AND task = %s", (count, *window))
@@ -108,14 +112,17 @@ def _lock(windows: set[Window], cursor: Cursor) -> dict[Window, RoundRecord]:
 
 def find_leases(cursor: Cursor, named: list[bytes]) -> list[LeaseRecord]:
     """The leases of these ids, as far as there are such."""
-    return _leases(cursor.execute(f"SELECT {LEASE} FROM leases WHERE id = ANY(%s)", (named,)))
+    return leases_of(cursor.execute(f"SELECT {LEASE} FROM leases WHERE id = ANY(%s)", (named,)))
 
 
-def _leases(rows: Iterable[tuple[Any, ...]]) -> list[LeaseRecord]:
-    return [
-        LeaseRecord(Lease(id, round, task, client, Instant(boot, expires)), digest, replaced)
-        for id, round, task, client, boot, expires, digest, replaced in rows
-    ]
+def leases_of(rows: Iterable[tuple[Any, ...]]) -> list[LeaseRecord]:
+    """The leases in rows, whose columns are as in :data:`LEASE`."""
+    found = []
+    for id, round, task, client, boot, expires, digest, replaced, given, ended, late in rows:
+        since, end = (None if seconds is None else Instant(boot, seconds) for seconds in (given, ended))
+        lease = Lease(id, round, task, client, Instant(boot, expires), since)
+        found.append(LeaseRecord(lease, digest, replaced, end, late))
+    return found
 
 
 def _row(lease: Lease) -> tuple[Any, ...]:
@@ -125,4 +132,6 @@ def _row(lease: Lease) -> tuple[Any, ...]:
 def _answer(batch: Batch[Upload], order: Order) -> Answer:
     if isinstance(order, Grant):
         return batch.grant(order)
+    if isinstance(order, Ending):
+        return batch.end(order)
     return batch.renew(order) if isinstance(order, Renewal) else batch.accept(order)

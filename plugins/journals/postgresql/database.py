@@ -14,7 +14,7 @@ from psycopg import errors, sql
 from fedtower.core.errors import StorageError
 from fedtower.core.journal import Busy, DamagedRecord, JournalError
 
-FORMAT = 1
+FORMAT = 2
 T = TypeVar("T")
 Cursor = psycopg.Cursor[tuple[Any, ...]]
 
@@ -27,7 +27,8 @@ CREATE TABLE rounds (
 );
 CREATE TABLE leases (
     id bytea PRIMARY KEY, round bigint NOT NULL, task text NOT NULL, client bigint NOT NULL, boot text NOT NULL,
-    expires double precision NOT NULL, digest bytea, replaced boolean NOT NULL
+    expires double precision NOT NULL, digest bytea, replaced boolean NOT NULL,
+    given double precision, ended double precision, late boolean NOT NULL DEFAULT false
 );
 CREATE UNIQUE INDEX current_leases ON leases (round, task, client) WHERE NOT replaced;
 CREATE TABLE uploads (
@@ -36,6 +37,14 @@ CREATE TABLE uploads (
 );
 ALTER TABLE uploads ALTER COLUMN payload SET STORAGE EXTERNAL;
 """
+
+# What an older format has to be given, by what it becomes. Of what is there already nobody knows when it was given.
+STEPS = {
+    2: (
+        "ALTER TABLE leases ADD COLUMN given double precision, ADD COLUMN ended double precision, "
+        "ADD COLUMN late boolean NOT NULL DEFAULT false",
+    )
+}
 
 _AGAIN = (errors.SerializationFailure, errors.DeadlockDetected)
 _FULL = (errors.DiskFull,)
@@ -83,7 +92,7 @@ class Database:
                 pause = min(2 * pause, 0.5)
 
     def prepare(self) -> None:
-        """Make the tables, or see that they are those of this federation.
+        """Make the tables, bring older ones up to date, or see that they are those of this federation.
 
         Raises:
             JournalError: they are of another format, or another federation's.
@@ -135,8 +144,13 @@ class Database:
             for statement in SCHEMA.strip().split(";\n"):
                 cursor.execute(statement.encode())
             cursor.execute("INSERT INTO federation VALUES (%s, %s, 0)", (self._federation, FORMAT))
-        cursor.execute("SELECT id, format FROM federation")
-        return one(cursor)
+        owner, version = one(cursor.execute("SELECT id, format FROM federation"))
+        if owner == self._federation and 0 < version < FORMAT:
+            for statement in (each for step in range(version + 1, FORMAT + 1) for each in STEPS[step]):
+                cursor.execute(statement)
+            version = FORMAT
+            cursor.execute("UPDATE federation SET format = %s", (version,))
+        return owner, version
 
     def _explained(self, error: psycopg.Error) -> StorageError | DamagedRecord:
         said = _first_line(error)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fedtower.core.group_commit import GroupCommit, Limits
-from fedtower.core.intake import Answer, Grant, Renewal
+from fedtower.core.intake import Answer, Ending, Grant, Renewal
 from fedtower.core.journal import (
     Accepted,
     Clock,
@@ -30,13 +30,15 @@ from fedtower.core.journal import (
     Task,
     Upload,
     WrongState,
+    between,
     check_advance,
     check_epoch,
     check_open,
     check_retirable,
+    ends_of,
     unknown_window,
 )
-from fedtower.plugins.journals.postgresql.batches import ROUND, Order, commit, find_leases
+from fedtower.plugins.journals.postgresql.batches import LEASE, ROUND, Order, commit, find_leases, leases_of
 from fedtower.plugins.journals.postgresql.database import Cursor, Database, one
 
 
@@ -73,6 +75,7 @@ class PostgreSQLJournal:
 
     def __init__(self, settings: PostgreSQL, writer: Database, reader: Database, clock: Clock) -> None:
         self._settings = settings
+        self._clock = clock
         self._writer, self._reader = writer, reader
         self._orders: GroupCommit[Order, Order, Answer] = GroupCommit(
             "journal",
@@ -139,6 +142,29 @@ class PostgreSQLJournal:
         """What becomes of the upload, when it is durable."""
         return cast("Future[Outcome]", self._orders.submit(upload, upload.nbytes))
 
+    def end(self, lease: bytes, *, late: bool) -> Future[None]:
+        """Noted, when it is durable."""
+        return cast("Future[None]", self._orders.submit(Ending(lease, late)))
+
+    def over(self, task: Task, after: Instant | None, until: Instant) -> list[LeaseRecord]:
+        """The leases that brought nothing, and came to an end between these moments."""
+        since = Instant("", float("-inf")) if after is None else after
+        held = self._reader.transaction(
+            lambda cursor: leases_of(
+                cursor.execute(
+                    f"SELECT {LEASE} FROM leases WHERE task = %s AND digest IS NULL "
+                    "AND (boot <> %s OR greatest(expires, coalesce(ended, expires)) > %s) "
+                    "AND (boot <> %s OR least(expires, coalesce(ended, expires)) <= %s)",
+                    (task, since.boot, since.seconds, until.boot, until.seconds),
+                )
+            )
+        )
+        return [each for each in held if any(between(end, after, until) for end in ends_of(each))]
+
+    def now(self) -> Instant:
+        """What time it is."""
+        return self._clock()
+
     def find(self, lease: bytes) -> LeaseRecord | None:
         """A lease by its id."""
         found = self._reader.transaction(lambda cursor: find_leases(cursor, [lease]))
@@ -149,13 +175,13 @@ class PostgreSQLJournal:
         if self.record(round, task).retired:
             raise WrongState(f"the uploads of round {round} ({task}) are gone: a checkpoint holds what came of them")
         while row := self._reader.transaction(_next_upload(round, task, after)):
-            after, client, lease, digest, payload = row
+            after, client, lease, digest, payload, seconds = row
             if hashlib.sha256(payload).digest() != digest:
                 raise DamagedRecord(
                     f"the upload of client {client} in round {round} ({task}), at position {after}, does not have its "
                     f"SHA-256 any more; bring the database back from a backup, or abandon the round"
                 )
-            yield Accepted(round, task, after, client, lease, payload)
+            yield Accepted(round, task, after, client, lease, payload, seconds)
 
     def retire(self, epoch: int, through: int) -> None:
         """Delete the payloads of these rounds."""
@@ -211,8 +237,8 @@ def _next_upload(round: int, task: Task, after: int) -> Callable[[Cursor], tuple
 
     def work(cursor: Cursor) -> tuple[Any, ...] | None:
         return cursor.execute(
-            "SELECT position, client, lease, digest, payload FROM uploads "
-            "WHERE round = %s AND task = %s AND position > %s ORDER BY position LIMIT 1",
+            "SELECT position, u.client, lease, u.digest, payload, ended - given FROM uploads u LEFT JOIN leases "
+            "ON id = lease WHERE u.round = %s AND u.task = %s AND position > %s ORDER BY position LIMIT 1",
             (round, task, after),
             binary=True,
         ).fetchone()

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedtower.core.intake import Answer, Batch, Grant, Renewal
-from fedtower.core.journal import Clock, Instant, LeaseRecord, Outcome, Upload, WrongState
+from fedtower.core.intake import Answer, Batch, Ending, Grant, Renewal
+from fedtower.core.journal import Clock, Instant, Lease, LeaseRecord, Outcome, Upload, WrongState
 from fedtower.plugins.journals.sqlite.index import LEASE, Index, lease_record
 from fedtower.plugins.journals.sqlite.segments import Place
 from fedtower.plugins.journals.sqlite.windows import find_round
@@ -23,7 +23,9 @@ _VALUES = 500
 
 _LEASES = (
     "SELECT json_group_array(json_array(hex(leases.id), leases.round, leases.task, leases.client, leases.boot, "
-    "printf('%!.17g', leases.expires), hex(leases.digest), leases.replaced)) FROM "
+    "printf('%!.17g', leases.expires), hex(leases.digest), leases.replaced, "
+    "iif(leases.given IS NULL, NULL, printf('%!.17g', leases.given)), "
+    "iif(leases.ended IS NULL, NULL, printf('%!.17g', leases.ended)), leases.late)) FROM "
 )
 _CURRENT = (
     "(VALUES {}) AS asked CROSS JOIN leases "  # as they stand: SQLite does not change the order of a CROSS JOIN
@@ -44,8 +46,8 @@ class Placed:
     place: Place
 
 
-Order = Grant | Renewal | Upload
-Prepared = Grant | Renewal | Placed | Outcome
+Order = Grant | Renewal | Ending | Upload
+Prepared = Grant | Renewal | Ending | Placed | Outcome
 
 
 def prepare(
@@ -76,7 +78,7 @@ def commit(orders: Sequence[Prepared], index: Index, clock: Clock) -> list[Answe
 
 def read_batch(connection: sqlite3.Connection, orders: Sequence[Prepared | Upload], now: Instant) -> Batch[Placed]:
     """The windows and leases that the orders are about."""
-    named = [order.lease for order in orders if isinstance(order, Renewal | Placed | Upload)]
+    named = [order.lease for order in orders if isinstance(order, Renewal | Ending | Placed | Upload)]
     leases: list[LeaseRecord] = []
     for several in _by(_VALUES, named):
         leases += _leases(connection, f"leases WHERE id IN ({_marks(len(several))})", several)
@@ -98,10 +100,7 @@ def write_batch(connection: sqlite3.Connection, batch: Batch[Placed]) -> None:
     _write(
         connection,
         f"INSERT INTO leases ({LEASE}) {{}}",
-        [
-            (each.id, each.round, each.task, each.client, each.expires.boot, each.expires.seconds, None, 0)
-            for each in batch.granted
-        ],
+        [(*_row(each), None, 0, batch.now.seconds, None, 0) for each in batch.granted],
     )
     _write(
         connection,
@@ -110,8 +109,15 @@ def write_batch(connection: sqlite3.Connection, batch: Batch[Placed]) -> None:
     )
     _write(
         connection,
-        "WITH sent (id, digest) AS ({}) UPDATE leases SET digest = sent.digest FROM sent WHERE leases.id = sent.id",
-        [(lease.id, sent.digest) for lease, _, sent in batch.accepted],
+        "WITH sent (id, digest, moment) AS ({}) "
+        "UPDATE leases SET digest = sent.digest, ended = moment, late = 0 FROM sent WHERE leases.id = sent.id",
+        [(lease.id, sent.digest, batch.now.seconds) for lease, _, sent in batch.accepted],
+    )
+    _write(
+        connection,
+        "WITH told (id, moment, was_late) AS ({}) UPDATE leases SET ended = moment, late = was_late FROM told "
+        "WHERE leases.id = told.id AND digest IS NULL",
+        list({each.lease: (each.lease, batch.now.seconds, int(each.late)) for each in batch.ended}.values()),
     )
     _write(
         connection,
@@ -128,9 +134,10 @@ def write_batch(connection: sqlite3.Connection, batch: Batch[Placed]) -> None:
 def _leases(connection: sqlite3.Connection, which: str, values: Sequence[Any]) -> Iterator[LeaseRecord]:
     """The leases that ``which`` (a part of FROM on) names, read in one step."""
     (found,) = connection.execute(_LEASES + which, values).fetchone()
-    for id, round, task, client, boot, expires, digest, replaced in json.loads(found):
+    for id, round, task, client, boot, expires, digest, replaced, given, ended, late in json.loads(found):
+        since, end = (None if seconds is None else float(seconds) for seconds in (given, ended))
         record = (bytes.fromhex(id), round, task, client, boot, float(expires), bytes.fromhex(digest) or None, replaced)
-        yield lease_record(record)
+        yield lease_record((*record, since, end, late))
 
 
 def _write(connection: sqlite3.Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
@@ -138,6 +145,10 @@ def _write(connection: sqlite3.Connection, statement: str, rows: Sequence[tuple[
     for several in _by(_VALUES, rows):
         values = f"VALUES {','.join([f'({_marks(len(several[0]))})'] * len(several))}"
         connection.execute(statement.format(values), [value for row in several for value in row])
+
+
+def _row(lease: Lease) -> tuple[Any, ...]:
+    return lease.id, lease.round, lease.task, lease.client, lease.expires.boot, lease.expires.seconds
 
 
 def _by(many: int, rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
@@ -168,4 +179,6 @@ def _answer(batch: Batch[Placed], order: Prepared) -> Answer:
         return batch.grant(order)
     if isinstance(order, Renewal):
         return batch.renew(order)
+    if isinstance(order, Ending):
+        return batch.end(order)
     return batch.accept(order) if isinstance(order, Placed) else order

@@ -16,7 +16,7 @@ from fedtower.core.checkpoint import storage_errors
 from fedtower.core.errors import StorageError
 from fedtower.core.journal import Busy, DamagedRecord, Instant, JournalError, Lease, LeaseRecord, RoundRecord
 
-FORMAT = 1
+FORMAT = 2
 APPLICATION = 0x66746A31
 
 # Leases lie in the order in which they were given, so those of one cohort share pages, and a batch writes few.
@@ -28,7 +28,8 @@ CREATE TABLE rounds (
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE leases (
     number INTEGER PRIMARY KEY, id BLOB NOT NULL UNIQUE, round INTEGER NOT NULL, task TEXT NOT NULL,
-    client INTEGER NOT NULL, boot TEXT NOT NULL, expires REAL NOT NULL, digest BLOB, replaced INTEGER NOT NULL
+    client INTEGER NOT NULL, boot TEXT NOT NULL, expires REAL NOT NULL, digest BLOB, replaced INTEGER NOT NULL,
+    given REAL, ended REAL, late INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE UNIQUE INDEX current_leases ON leases (round, task, client) WHERE NOT replaced;
 CREATE TABLE uploads (
@@ -38,8 +39,17 @@ CREATE TABLE uploads (
 CREATE TABLE segments (number INTEGER PRIMARY KEY AUTOINCREMENT, extent INTEGER NOT NULL) STRICT;
 """
 
+# What an older format has to be given, by what it becomes. Of what is there already nobody knows when it was given.
+STEPS = {
+    2: (
+        "ALTER TABLE leases ADD COLUMN given REAL",
+        "ALTER TABLE leases ADD COLUMN ended REAL",
+        "ALTER TABLE leases ADD COLUMN late INTEGER NOT NULL DEFAULT 0",
+    )
+}
+
 ROUND = "round, task, state, epoch, plan, reason, accepted, retired"
-LEASE = "id, round, task, client, boot, expires, digest, replaced"
+LEASE = "id, round, task, client, boot, expires, digest, replaced, given, ended, late"
 
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _WAITING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
@@ -66,7 +76,7 @@ class Index:
             self._connection.execute("PRAGMA synchronous=FULL")
 
     def prepare(self, federation: str) -> None:
-        """Make the tables, or see that they are those of this federation.
+        """Make the tables, bring older ones up to date, or see that they are those of this federation.
 
         Raises:
             JournalError: they are another's, or of another format.
@@ -81,9 +91,12 @@ class Index:
                 connection.execute("INSERT INTO federation VALUES (1, ?, 0)", (federation,))
                 connection.execute(f"PRAGMA application_id={APPLICATION}")
                 connection.execute(f"PRAGMA user_version={FORMAT}")
-            application, version = (
-                connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-            )
+            application, version = _format(connection)
+            if application == APPLICATION and 0 < version < FORMAT:
+                for statement in (each for step in range(version + 1, FORMAT + 1) for each in STEPS[step]):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version={FORMAT}")
+                application, version = _format(connection)
             if (application, version) != (APPLICATION, FORMAT):
                 raise JournalError(
                     f"{self.path} is no journal of format {FORMAT} (application {application:#x}, format {version}): "
@@ -143,6 +156,14 @@ class Index:
             raise
 
 
+def _format(connection: sqlite3.Connection) -> tuple[int, int]:
+    """Whose tables they are, and in which format."""
+    application, version = (
+        int(connection.execute(f"PRAGMA {name}").fetchone()[0]) for name in ("application_id", "user_version")
+    )
+    return application, version
+
+
 def round_record(row: tuple[Any, ...]) -> RoundRecord:
     """A row of ``rounds``, its columns as in :data:`ROUND`."""
     round, task, state, epoch, plan, reason, accepted, retired = row
@@ -151,5 +172,7 @@ def round_record(row: tuple[Any, ...]) -> RoundRecord:
 
 def lease_record(row: tuple[Any, ...]) -> LeaseRecord:
     """A row of ``leases``, its columns as in :data:`LEASE`."""
-    id, round, task, client, boot, expires, digest, replaced = row
-    return LeaseRecord(Lease(id, round, task, client, Instant(boot, expires)), digest, bool(replaced))
+    id, round, task, client, boot, expires, digest, replaced, given, ended, late = row
+    since, end = (None if seconds is None else Instant(boot, seconds) for seconds in (given, ended))
+    lease = Lease(id, round, task, client, Instant(boot, expires), since)
+    return LeaseRecord(lease, digest, bool(replaced), end, bool(late))

@@ -18,11 +18,12 @@ from typing import Any, cast
 from fedtower.core.checkpoint import storage_errors
 from fedtower.core.errors import DISK_ERRORS, StorageError
 from fedtower.core.group_commit import GroupCommit, Limits
-from fedtower.core.intake import Answer, Grant, Renewal
+from fedtower.core.intake import Answer, Ending, Grant, Renewal
 from fedtower.core.journal import (
     Accepted,
     Clock,
     DamagedRecord,
+    Instant,
     Lease,
     LeaseRecord,
     Outcome,
@@ -31,9 +32,11 @@ from fedtower.core.journal import (
     Task,
     Upload,
     WrongState,
+    between,
     check_advance,
     check_open,
     check_retirable,
+    ends_of,
     since_boot,
 )
 from fedtower.plugins.journals.sqlite.batches import Order, Placed, Prepared, commit, prepare
@@ -142,6 +145,26 @@ class SQLiteJournal:
         """What becomes of the upload, when it is durable."""
         return cast("Future[Outcome]", self._orders.submit(upload, upload.nbytes))
 
+    def end(self, lease: bytes, *, late: bool) -> Future[None]:
+        """Noted, when it is durable."""
+        return cast("Future[None]", self._orders.submit(Ending(lease, late)))
+
+    def over(self, task: Task, after: Instant | None, until: Instant) -> list[LeaseRecord]:
+        """The leases that brought nothing, and came to an end between these moments."""
+        since = Instant("", float("-inf")) if after is None else after
+        with self._reader.read() as connection:
+            rows = connection.execute(
+                f"SELECT {LEASE} FROM leases WHERE task = ? AND digest IS NULL "
+                "AND (boot <> ? OR max(expires, coalesce(ended, expires)) > ?) "
+                "AND (boot <> ? OR min(expires, coalesce(ended, expires)) <= ?)",
+                (task, since.boot, since.seconds, until.boot, until.seconds),
+            ).fetchall()
+        return [held for held in map(lease_record, rows) if any(between(end, after, until) for end in ends_of(held))]
+
+    def now(self) -> Instant:
+        """What time it is."""
+        return self._clock()
+
     def find(self, lease: bytes) -> LeaseRecord | None:
         """A lease by its id."""
         with self._reader.read() as connection:
@@ -155,7 +178,7 @@ class SQLiteJournal:
         with ExitStack() as stack:
             files: dict[int, int] = {}
             while rows := self._page(round, task, after):
-                for position, client, lease, digest, *place in rows:
+                for position, client, lease, digest, seconds, *place in rows:
                     whose = Place(*place)
                     path = segment_path(self._folder, whose.segment)
                     named = f"{path}: the upload of client {client} in round {round} ({task}), at position {position}"
@@ -163,7 +186,7 @@ class SQLiteJournal:
                         files[whose.segment] = _open(path, named)
                         stack.callback(os.close, files[whose.segment])
                     payload = read_payload(files[whose.segment], whose, lease, digest, named)
-                    yield Accepted(round, task, position, client, lease, payload)
+                    yield Accepted(round, task, position, client, lease, payload, seconds)
                     after = position
 
     def retire(self, epoch: int, through: int) -> None:
@@ -233,7 +256,7 @@ class SQLiteJournal:
     def _page(self, round: int, task: Task, after: int) -> list[tuple[Any, ...]]:
         with self._reader.read() as connection:
             return connection.execute(
-                "SELECT position, client, lease, digest, segment, offset, length "
+                "SELECT position, client, lease, digest, ended - given, segment, offset, length "
                 "FROM uploads JOIN leases ON id = lease "
                 "WHERE uploads.round = ? AND uploads.task = ? AND position > ? ORDER BY position LIMIT ?",
                 (round, task, after, _PAGE),

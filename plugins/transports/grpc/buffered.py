@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fedtower.core.cohort import Cohort
 from fedtower.core.journal import Accepted, RoundRecord
 from fedtower.core.plan import Plan
-from fedtower.core.transport import Abandoned, Asked
+from fedtower.core.transport import Abandoned, Asked, DeviceTime
 from fedtower.core.updates import Updates
 from fedtower.plugins.transports.grpc.codec import decode_submission
 from fedtower.plugins.transports.grpc.plans import decode_plan
@@ -130,8 +130,9 @@ class OpenVersion:
         """Nothing: the journal knows who has a lease."""
         return {}
 
-    def spent(self, counted: Cohort) -> None:
-        """Nothing: devices do not say how long they worked."""
+    def spent(self, counted: Cohort) -> DeviceTime:
+        """What visits took whose updates this version took, or that brought nothing and ended since the last one."""
+        return self.buffered.side.times.spent(counted)
 
     def _again(self, made: Step) -> Iterator[Accepted]:
         for window, position in made.taken:
@@ -176,6 +177,7 @@ class OpenVersion:
             yield None
 
     def _decoded(self, found: Accepted) -> Updates:
+        self.buffered.side.times.note(found)
         return decode_submission(found.payload, found.client, most_bytes=self.buffered.side.most_bytes).updates
 
 

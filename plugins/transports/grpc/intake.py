@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,7 +221,8 @@ class Intake:
         window = self._lease_of(caller, request.lease)
         first, others = request.digest, [each for each in dict.fromkeys(request.then) if each != request.digest]
         if len(first) != 32 or not self.artefacts.path(first).is_file():
-            raise self._without(caller, window, first)
+            with self._in_vain(request.lease):
+                raise self._without(caller, window, first)
         if len(others) > MOST_TOGETHER:
             raise Refused(
                 Reason.TOO_LARGE, f"{caller.whose} asked for {len(others)} artefacts at once; {MOST_TOGETHER} may be"
@@ -247,7 +248,8 @@ class Intake:
         """Rows, as serialised RowsChunks: passed on from the table process unread."""
         request = parse(pb.FetchRowsRequest, data, whose=caller.whose)
         round, task = self._lease_of(caller, request.lease)
-        source = self._expected(round, task, caller).rows.get(request.source)
+        with self._in_vain(request.lease):
+            source = self._expected(round, task, caller).rows.get(request.source)
         ids = ids_of(request, caller.whose)
         if source is None or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < source.num_rows):
             raise Refused(
@@ -268,10 +270,11 @@ class Intake:
         """More time for a lease."""
         request = parse(pb.HeartbeatRequest, data, whose=caller.whose)
         round, task = self._lease_of(caller, request.lease)
-        window = self._expected(round, task, caller).window
-        lease = await self._durable(self.journal.renew(request.lease, window.lease_seconds))
-        if lease is None:
-            raise Refused(Reason.LATE, f"the lease of {caller.whose} in round {round} has run out")
+        with self._in_vain(request.lease):
+            window = self._expected(round, task, caller).window
+            lease = await self._durable(self.journal.renew(request.lease, window.lease_seconds))
+            if lease is None:
+                raise Refused(Reason.LATE, f"the lease of {caller.whose} in round {round} has run out")
         return pb.HeartbeatReply(alive=pb.Alive(seconds_left=self._seconds_left(lease, window)))
 
     async def resume(self, caller: Caller, data: bytes) -> pb.ResumeReply:
@@ -316,16 +319,18 @@ class Intake:
                 payload = await self.staging.receive((round, task), header, caller.whose, data)
             self.meters.received(len(payload))
             expected = self._waits_for(round, task)
-            if len(payload) <= _SMALL:
-                self._check(caller, expected, header, payload)
-            else:
-                loop = asyncio.get_running_loop()
-                await loop.run_in_executor(self._checking, self._check, caller, expected, header, payload)
+            with self._in_vain(header.lease, came=True):
+                if len(payload) <= _SMALL:
+                    self._check(caller, expected, header, payload)
+                else:
+                    loop = asyncio.get_running_loop()
+                    await loop.run_in_executor(self._checking, self._check, caller, expected, header, payload)
             try:
                 outcome = await self._durable(self.journal.accept(Upload(header.lease, header.digest, (payload,))))
             finally:
                 self.staging.forget((round, task), header.lease, header.digest)
-        _refuse_outcome(outcome, caller, round)
+        with self._in_vain(header.lease, came=True):
+            _refuse_outcome(outcome, caller, round)
         if outcome is Outcome.ACCEPTED:
             ring(self.folder / "bells", TABLE)
         self.meters.acknowledged(task, duplicate=outcome is Outcome.DUPLICATE)
@@ -374,6 +379,20 @@ class Intake:
             refuse_unfit(submission, expected, header.lease, caller, *self.leased.known(window, header.lease))
         except Refused:  # another intake may have given out more
             refuse_unfit(submission, expected, header.lease, caller, *self.leased.of(window, header.lease))
+
+    @contextmanager
+    def _in_vain(self, lease: bytes, *, came: bool = False) -> Iterator[None]:
+        """Who is refused within has worked for nothing, unless he may try again; the journal notes when, some time.
+
+        ``came`` says that an update has come.
+        """
+        try:
+            yield
+        except Refused as refusal:
+            if refusal.reason not in (Reason.CORRUPT, Reason.UNKNOWN_ARTEFACT):
+                with suppress(FedtowerError):  # it is a figure of a report, and the refusal must be told
+                    self.journal.end(lease, late=came and refusal.reason is Reason.LATE)
+            raise
 
     def _waits_for(self, round: int, task: Task) -> Expected | None:
         """What a window is held to; nothing, where the journal says that it is not open."""

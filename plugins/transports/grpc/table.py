@@ -30,6 +30,7 @@ from fedtower.plugins.transports.grpc.artefact_store import ArtefactStore
 from fedtower.plugins.transports.grpc.artefacts import encode_parameter
 from fedtower.plugins.transports.grpc.bell import INTAKES, ring
 from fedtower.plugins.transports.grpc.codec import decode_submission
+from fedtower.plugins.transports.grpc.device_times import DeviceTimes
 from fedtower.plugins.transports.grpc.plans import PublishedPlan, sign_plan
 from fedtower.plugins.transports.grpc.presence import silent
 from fedtower.plugins.transports.grpc.windows import Window, forget_windows, read_window
@@ -76,6 +77,9 @@ class TableSide:
     pause: Callable[[float], Any] = time.sleep
     _living: dict[tuple[int, Task], set[bytes]] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        self.times = DeviceTimes(self.windows, self.journal, self.terms.lease_seconds)
+
     @property
     def artefacts(self) -> ArtefactStore:
         """What the intakes give out."""
@@ -94,7 +98,7 @@ class TableSide:
         target = min(self.target or cohort.target or len(cohort), len(cohort))
         times = ArrivalTimes(self.windows / f"{plan.round:06d}-train.arrived", self._accepted_before(plan.round))
         window = self.opened(plan, "train", cohort.clients, target, terms)
-        for each in self._accepted(window, terms):
+        for each in map(self.times.note, self._accepted(window, terms)):
             updates = decode_submission(each.payload, each.client, most_bytes=self.most_bytes).updates
             came = times.seen(each.position, elapsed(window.opened, self.clock()))
             yield replace(updates, metrics={**updates.metrics, ARRIVED: np.array([came])})

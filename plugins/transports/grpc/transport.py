@@ -18,7 +18,7 @@ from fedtower.core.journal import RoundRecord
 from fedtower.core.plan import Plan
 from fedtower.core.rows import IntArray, RowStore
 from fedtower.core.staleness import AsynchronousSettings
-from fedtower.core.transport import Asked, Version, Visit
+from fedtower.core.transport import Asked, DeviceTime, Version, Visit
 from fedtower.core.updates import Updates
 from fedtower.plugins.transports.grpc.artefacts import Artefact
 from fedtower.plugins.transports.grpc.bell import INTAKES, TABLE, Bell, ring
@@ -172,6 +172,10 @@ class GrpcLine:
     def version(self, plan: Plan, cohort: Cohort, asked: Asked) -> Version:
         """A version that clients may work from, beside older ones."""
         return self.buffered.version(plan, cohort, asked)
+
+    def spent(self, counted: Cohort) -> DeviceTime:
+        """What visits that ended since the last report took of their devices."""
+        return self.side.times.spent(counted)
 
     def choose(self, round: int, sampler: Sampler, draws: Draws) -> Cohort:
         """The cohort: as it was chosen before a kill, or out of those who called lately."""

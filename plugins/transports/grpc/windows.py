@@ -104,7 +104,8 @@ def read_window(folder: Path, round: int, task: Task) -> Window | None:
 
 
 def forget_windows(folder: Path, through: int) -> None:
-    """Remove the files of all rounds up to ``through``."""
-    for path in [*folder.glob("*.json"), *folder.glob("*.arrived")]:
-        if int(path.name.partition("-")[0]) <= through:
+    """Remove the files of all rounds up to ``through``; what the last one of them has told, the next has to know."""
+    for path in [*folder.glob("*.json"), *folder.glob("*.arrived"), *folder.glob("*.told")]:
+        round = int(path.name.partition("-")[0])
+        if round < through or (round == through and path.suffix != ".told"):
             path.unlink(missing_ok=True)

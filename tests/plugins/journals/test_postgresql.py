@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -157,10 +158,27 @@ def test_a_damaged_payload_is_named_and_those_before_it_are_read(server: Server,
         next(uploads)
 
 
+def test_a_journal_of_the_first_format_goes_on(server: Server, journal: Journal, name: str) -> None:
+    done, open_lease = leased(journal, 1), leased(journal, 2)
+    sent(journal, done, b"whole")
+    journal.close()
+    with schema(server, name) as somebody:
+        somebody.execute("ALTER TABLE leases DROP COLUMN given, DROP COLUMN ended, DROP COLUMN late")
+        somebody.execute("UPDATE federation SET format = 1")
+    again = PostgreSQL(server.dsn).open(Path(), name)
+    try:
+        assert [(each.payload, each.seconds) for each in again.accepted(1, "train")] == [(b"whole", None)]
+        assert leased(again, 2) == replace(open_lease, given=None)
+        assert sent(again, open_lease, b"more") is Outcome.ACCEPTED
+        assert leased(again, 3).given is not None
+    finally:
+        again.close()
+
+
 def test_another_format_is_refused(server: Server, journal: Journal, name: str) -> None:
     with schema(server, name) as somebody:
-        somebody.execute("UPDATE federation SET format = 2")
-    with pytest.raises(JournalError, match="a journal of format 2"):
+        somebody.execute("UPDATE federation SET format = 3")
+    with pytest.raises(JournalError, match="a journal of format 3"):
         PostgreSQL(server.dsn).open(Path(), name)
 
 

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +104,32 @@ def test_another_federations_journal_is_refused(tmp_path: Path, opened: Opened) 
         SQLite().open(tmp_path, "another")
 
 
-@pytest.mark.parametrize("pragma", ["user_version=2", "application_id=7"])
+@pytest.mark.parametrize("pragma", ["user_version=3", "application_id=7"])
 def test_another_format_is_refused(tmp_path: Path, opened: Opened, pragma: str) -> None:
     opened().close()
     with sqlite3.connect(tmp_path / "index.sqlite") as connection:
         connection.execute(f"PRAGMA {pragma}")
     connection.close()
-    with pytest.raises(JournalError, match="no journal of format 1"):
+    with pytest.raises(JournalError, match="no journal of format 2"):
         SQLite().open(tmp_path, "a federation")
+
+
+def test_a_journal_of_the_first_format_goes_on(tmp_path: Path, opened: Opened) -> None:
+    before = opened()
+    done, open_lease = leased(before, 1), leased(before, 2)
+    sent(before, done, b"whole")
+    before.close()
+    with sqlite3.connect(tmp_path / "index.sqlite") as connection:
+        for column in ("given", "ended", "late"):
+            connection.execute(f"ALTER TABLE leases DROP COLUMN {column}")
+        connection.execute("PRAGMA user_version=1")
+    connection.close()
+    journal = opened()
+    assert [(each.payload, each.seconds) for each in journal.accepted(1, "train")] == [(b"whole", None)]
+    assert leased(journal, 2) == replace(open_lease, given=None)
+    assert sent(journal, open_lease, b"more") is Outcome.ACCEPTED
+    assert leased(journal, 3).given is not None
+    opened()  # a second time there is nothing to do
 
 
 def test_a_torn_tail_is_cut_off_once_its_writer_is_gone(tmp_path: Path, opened: Opened) -> None:
