@@ -7,9 +7,8 @@ the journal and in the files of the windows. Who calls has been found out before
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -17,20 +16,20 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fedtower.core.errors import FedtowerError
-from fedtower.core.journal import Journal, Lease, Outcome, Task, Upload
+from fedtower.core.journal import Journal, Lease, Task
 from fedtower.core.registry import Registry
 from fedtower.plugins.transports.grpc.answers import Answers
 from fedtower.plugins.transports.grpc.artefact_store import ArtefactStore
-from fedtower.plugins.transports.grpc.bell import TABLE, Bell, ring
+from fedtower.plugins.transports.grpc.bell import Bell
 from fedtower.plugins.transports.grpc.bounds import parse
-from fedtower.plugins.transports.grpc.checks import Expected, refuse_unfit
-from fedtower.plugins.transports.grpc.codec import data_of_part, decode_submission, refuse_other_protocol
+from fedtower.plugins.transports.grpc.checks import Expected
+from fedtower.plugins.transports.grpc.codec import refuse_other_protocol
 from fedtower.plugins.transports.grpc.leased import LeasedRows, remove_ended
 from fedtower.plugins.transports.grpc.meters import Meters
 from fedtower.plugins.transports.grpc.open_windows import OpenWindows
 from fedtower.plugins.transports.grpc.presence import Presence
+from fedtower.plugins.transports.grpc.receiving_upload import ReceivingUpload
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
-from fedtower.plugins.transports.grpc.room import Room
 from fedtower.plugins.transports.grpc.rows import ids_of
 from fedtower.plugins.transports.grpc.staging import Staging
 from fedtower.plugins.transports.grpc.waiting import Waiting
@@ -115,7 +114,6 @@ class Intake:
     registry: Registry
     limits: Limits = field(default_factory=Limits)
     log: Callable[[str, Mapping[str, Any]], None] = lambda word, values: None
-    uploads: int = field(default=0, init=False)
     draining: bool = field(default=False, init=False)
     stumbled: float = field(default=float("-inf"), init=False)  # when storing failed last, by time.monotonic()
 
@@ -127,9 +125,8 @@ class Intake:
         self._open = OpenWindows(self.folder, self.federation, self.journal, self.registry, self.artefacts)
         self._looked = float("-inf")  # when, by the loop's clock
         self.waiting = Waiting(self.limits.most_waiting)
-        self._memory = Room(self.limits.memory_bytes, self.limits.slow_seconds)
         self._answers = Answers()
-        self._checking = ThreadPoolExecutor(1, "check")
+        self.receiving = ReceivingUpload(self)
         self._news = 0  # counts what may make those who wait ask again
 
     async def check_in(self, caller: Caller, data: bytes) -> pb.CheckInReply:
@@ -174,7 +171,7 @@ class Intake:
         for window, most in _offers(self._windows().windows(), caller.client):
             if window.task in wanted:
                 asked = (window.round, window.task, caller.client, window.lease_seconds, most)
-                lease = await self._durable(self.journal.lease(*asked))
+                lease = await self.durable(self.journal.lease(*asked))
                 held = None if lease is None else self._open.get(lease.round, lease.task)
                 if lease is not None and held is not None:
                     window = held.window  # an older one, if the client works from that
@@ -218,10 +215,10 @@ class Intake:
     async def fetch(self, caller: Caller, data: bytes) -> AsyncIterator[pb.Chunk]:
         """An artefact in chunks, and small ones that are asked for with it."""
         request = parse(pb.FetchRequest, data, whose=caller.whose)
-        window = self._lease_of(caller, request.lease)
+        window = self.lease_of(caller, request.lease)
         first, others = request.digest, [each for each in dict.fromkeys(request.then) if each != request.digest]
         if len(first) != 32 or not self.artefacts.path(first).is_file():
-            with self._in_vain(request.lease):
+            with self.in_vain(request.lease):
                 raise self._without(caller, window, first)
         if len(others) > MOST_TOGETHER:
             raise Refused(
@@ -247,8 +244,8 @@ class Intake:
     async def fetch_rows(self, caller: Caller, data: bytes) -> AsyncIterator[bytes]:
         """Rows, as serialised RowsChunks: passed on from the table process unread."""
         request = parse(pb.FetchRowsRequest, data, whose=caller.whose)
-        round, task = self._lease_of(caller, request.lease)
-        with self._in_vain(request.lease):
+        round, task = self.lease_of(caller, request.lease)
+        with self.in_vain(request.lease):
             source = self._expected(round, task, caller).rows.get(request.source)
         ids = ids_of(request, caller.whose)
         if source is None or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < source.num_rows):
@@ -269,10 +266,10 @@ class Intake:
     async def heartbeat(self, caller: Caller, data: bytes) -> pb.HeartbeatReply:
         """More time for a lease."""
         request = parse(pb.HeartbeatRequest, data, whose=caller.whose)
-        round, task = self._lease_of(caller, request.lease)
-        with self._in_vain(request.lease):
+        round, task = self.lease_of(caller, request.lease)
+        with self.in_vain(request.lease):
             window = self._expected(round, task, caller).window
-            lease = await self._durable(self.journal.renew(request.lease, window.lease_seconds))
+            lease = await self.durable(self.journal.renew(request.lease, window.lease_seconds))
             if lease is None:
                 raise Refused(Reason.LATE, f"the lease of {caller.whose} in round {round} has run out")
         return pb.HeartbeatReply(alive=pb.Alive(seconds_left=self._seconds_left(lease, window)))
@@ -282,24 +279,20 @@ class Intake:
         request = parse(pb.ResumeRequest, data, whose=caller.whose)
         if len(request.digest) != 32:
             raise Refused(Reason.CORRUPT, f"{caller.whose} named a digest of {len(request.digest)} bytes; it has 32")
-        window = self._lease_of(caller, request.lease)
+        window = self.lease_of(caller, request.lease)
         return pb.ResumeReply(held=pb.Held(offset=self.staging.held(window, request.lease, request.digest)))
 
     async def submit(self, caller: Caller, parts: AsyncIterator[bytes]) -> pb.SubmitReply:
         """An upload: received, checked, made durable, and only then acknowledged."""
-        self.uploads += 1
-        try:
-            return await self._submitted(caller, parts)
-        finally:
-            self.uploads -= 1
+        return await self.receiving.submit(caller, parts)
 
     async def drain(self, seconds: float) -> bool:
         """Give out no more tasks, and wait for the uploads that are on their way; whether all came in ``seconds``."""
         self.draining, until = True, asyncio.get_running_loop().time() + seconds
         self._release()
-        while self.uploads and asyncio.get_running_loop().time() < until:
+        while self.receiving.uploads and asyncio.get_running_loop().time() < until:
             await asyncio.sleep(0.02)
-        return not self.uploads
+        return not self.receiving.uploads
 
     async def tell_all(self, seconds: float) -> bool:
         """Wait until all who are there have called and were told that it is over; whether they were in ``seconds``."""
@@ -309,32 +302,6 @@ class Intake:
                 return False
             await asyncio.sleep(0.02)
         return True
-
-    async def _submitted(self, caller: Caller, parts: AsyncIterator[bytes]) -> pb.SubmitReply:
-        header = await self._header(caller, parts)
-        round, task = self._lease_of(caller, header.lease)
-        async with self._memory.room(header.size + _besides(header.size)) as room:
-            async with room.receiving(header.lease, caller.whose):
-                data = _data_of(parts, caller.whose)
-                payload = await self.staging.receive((round, task), header, caller.whose, data)
-            self.meters.received(len(payload))
-            expected = self._waits_for(round, task)
-            with self._in_vain(header.lease, came=True):
-                if len(payload) <= _SMALL:
-                    self._check(caller, expected, header, payload)
-                else:
-                    loop = asyncio.get_running_loop()
-                    await loop.run_in_executor(self._checking, self._check, caller, expected, header, payload)
-            try:
-                outcome = await self._durable(self.journal.accept(Upload(header.lease, header.digest, (payload,))))
-            finally:
-                self.staging.forget((round, task), header.lease, header.digest)
-        with self._in_vain(header.lease, came=True):
-            _refuse_outcome(outcome, caller, round)
-        if outcome is Outcome.ACCEPTED:
-            ring(self.folder / "bells", TABLE)
-        self.meters.acknowledged(task, duplicate=outcome is Outcome.DUPLICATE)
-        return pb.SubmitReply(acknowledged=pb.Acknowledged(duplicate=outcome is Outcome.DUPLICATE))
 
     @property
     def has_windows(self) -> bool:
@@ -350,38 +317,8 @@ class Intake:
         path = self.folder / "finished"
         return path.read_text(encoding="utf-8") if path.is_file() else ""
 
-    async def _header(self, caller: Caller, parts: AsyncIterator[bytes]) -> pb.SubmitHeader:
-        try:
-            async with asyncio.timeout(self.limits.header_seconds):
-                first = parse(pb.SubmitPart, await anext(parts), whose=caller.whose)
-        except (StopAsyncIteration, TimeoutError):
-            raise Refused(Reason.TRUNCATED, f"{caller.whose} submitted nothing") from None
-        header = first.header
-        if first.WhichOneof("part") != "header" or len(header.digest) != 32 or len(header.lease) != 16:
-            raise Refused(Reason.CORRUPT, f"an upload of {caller.whose} begins without a header")
-        if header.size > self.limits.upload_bytes or header.offset > header.size:
-            raise Refused(
-                Reason.TOO_LARGE,
-                f"{caller.whose} announced an update of {header.size:,} bytes from {header.offset:,} on; the limit is "
-                f"{self.limits.upload_bytes:,}",
-            )
-        return header
-
-    def _check(self, caller: Caller, expected: Expected | None, header: pb.SubmitHeader, payload: memoryview) -> None:
-        """Raise Refused unless these bytes may count; a round that is over is the journal's matter."""
-        if _sha256(payload) != header.digest:
-            raise Refused(Reason.CORRUPT, f"an update of {caller.whose} is not what its digest says; send it again")
-        submission = decode_submission(payload, caller.client, most_bytes=self.limits.upload_bytes)
-        if expected is None:
-            return
-        window = (expected.window.round, expected.window.task)
-        try:
-            refuse_unfit(submission, expected, header.lease, caller, *self.leased.known(window, header.lease))
-        except Refused:  # another intake may have given out more
-            refuse_unfit(submission, expected, header.lease, caller, *self.leased.of(window, header.lease))
-
     @contextmanager
-    def _in_vain(self, lease: bytes, *, came: bool = False) -> Iterator[None]:
+    def in_vain(self, lease: bytes, *, came: bool = False) -> Iterator[None]:
         """Who is refused within has worked for nothing, unless he may try again; the journal notes when, some time.
 
         ``came`` says that an update has come.
@@ -394,7 +331,7 @@ class Intake:
                     self.journal.end(lease, late=came and refusal.reason is Reason.LATE)
             raise
 
-    def _waits_for(self, round: int, task: Task) -> Expected | None:
+    def waits_for(self, round: int, task: Task) -> Expected | None:
         """What a window is held to; nothing, where the journal says that it is not open."""
         held = self._windows().get(round, task)
         if held is None:  # opened this moment, or this process has just begun
@@ -402,7 +339,7 @@ class Intake:
             held = self._open.get(round, task)
         return None if held is None else held.expected
 
-    def _lease_of(self, caller: Caller, lease: bytes) -> tuple[int, Task]:
+    def lease_of(self, caller: Caller, lease: bytes) -> tuple[int, Task]:
         """The round and task of a lease. Raises Refused for one that is not the caller's."""
         held = self._open.lease(lease)
         if held is None or held[2] != caller.client:
@@ -449,7 +386,7 @@ class Intake:
         except OSError as error:  # a full disk: who is there is no promise, and calls are answered all the same
             self.said("presence_not_written", message=str(error))
 
-    async def _durable(self, promised: Future[Result]) -> Result:
+    async def durable(self, promised: Future[Result]) -> Result:
         """What the journal says, once it is on the disk."""
         return await self._answers.of(promised)
 
@@ -460,23 +397,6 @@ class Intake:
 
     def _pause(self) -> float:
         return self.limits.come_back_seconds
-
-
-def _besides(size: int) -> int:
-    """What an upload takes in memory besides itself, about: the call, and parts of it on their way."""
-    return min(max(size, 64 << 10), 1 << 20)
-
-
-def _sha256(payload: memoryview) -> bytes:
-    """The digest. Of a small payload in pieces of which each is too short for hashlib to let another thread run: the
-    loop would wait for its turn for longer than the hash takes.
-    """
-    if len(payload) > _SMALL:
-        return hashlib.sha256(payload).digest()
-    digest = hashlib.sha256()
-    for at in range(0, len(payload), _PIECE):
-        digest.update(payload[at : at + _PIECE])
-    return digest.digest()
 
 
 def _offers(windows: list[Window], client: int) -> Iterator[tuple[Window, int | None]]:
@@ -504,21 +424,3 @@ def _lease_message(lease: Lease, window: Window, seconds_left: float) -> pb.Leas
         heartbeat_seconds=window.heartbeat_seconds,
         seconds_left=seconds_left,
     )
-
-
-async def _data_of(parts: AsyncIterator[bytes], whose: str) -> AsyncIterator[memoryview]:
-    async for data in parts:
-        yield data_of_part(data, whose)
-
-
-def _refuse_outcome(outcome: Outcome, caller: Caller, round: int) -> None:
-    """Raise Refused for an upload that the journal did not take."""
-    if outcome is Outcome.CONFLICT:
-        raise Refused(
-            Reason.CONFLICTING,
-            f"another update of {caller.whose} was accepted for round {round}; this one does not count",
-        )
-    if outcome is Outcome.LATE:
-        raise Refused(Reason.LATE, f"the update of {caller.whose} for round {round} came when nobody waited any more")
-    if outcome is Outcome.UNKNOWN:
-        raise Refused(Reason.UNKNOWN_LEASE, f"{caller.whose} submitted under a lease that was not given out here")

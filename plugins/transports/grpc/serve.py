@@ -112,7 +112,7 @@ async def serve(config: dict[str, Any], registry: Registry) -> None:
     _write_ready(folder, port, page)
     log.write("started", port=port, page=page, insecure=address.insecure)
     await _told_to_stop()
-    log.write("draining", uploads=intake.uploads)
+    log.write("draining", uploads=intake.receiving.uploads)
     seconds = float(config.get("drain_seconds", DRAIN_SECONDS))
     until = time.monotonic() + seconds
     is_whole = await intake.drain(seconds)
