@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from fedtower.core.journal import Clock, since_boot
+from fedtower.core.journal import Clock, Instant, since_boot
 from fedtower.core.rows import IntArray
 
 EVERY_SECONDS = 0.5
@@ -65,11 +66,13 @@ class Presence:
         unfinished.replace(path.with_suffix(".listening"))
 
 
-def present(folder: Path, within_seconds: float, clock: Clock = since_boot) -> IntArray:
-    """The clients that called any intake within so many seconds, sorted; files that nobody writes any more go."""
-    seen = _seen(folder, within_seconds, clock)
+def present(folder: Path, within_seconds: float, keep_seconds: float = 0.0, clock: Clock = since_boot) -> IntArray:
+    """The clients that called any intake within so many seconds, sorted; files that nobody has written for longer than
+    that, and for ``keep_seconds``, go.
+    """
+    seen, now = _seen(folder, within_seconds, clock), clock()
     for path, clients in seen:
-        if not len(clients):
+        if not len(clients) and _is_old(path.with_suffix(".listening"), now, keep_seconds):
             path.unlink(missing_ok=True)
             path.with_suffix(".listening").unlink(missing_ok=True)
     return _distinct(seen)
@@ -81,23 +84,58 @@ def look(folder: Path, within_seconds: float, clock: Clock = since_boot) -> IntA
 
 
 def silent(folder: Path, clients: IntArray, seconds: float, clock: Clock = since_boot) -> IntArray:
-    """Those of ``clients`` that have called no intake for so many seconds, although one listened all the while."""
-    now, listened, heard = clock(), False, [np.zeros(0, dtype=np.int64)]
+    """Those of ``clients`` that have called no intake, although one or another has listened for so many seconds up to
+    now. Time in which none did does not count, and what those had heard that were killed since does.
+    """
+    now, spells, heard = clock(), list[tuple[float, float]](), [np.zeros((0, 2))]
     for path in folder.glob("*.listening"):
-        if path.name.rpartition("-")[0] != now.boot:
-            path.unlink(missing_ok=True)
-            continue
         try:
-            times = json.loads(path.read_text(encoding="ascii"))
+            since, until = _listened(path, now)
             held = np.load(path.with_suffix(".npy"), allow_pickle=False)
-        except (OSError, ValueError):
-            continue
-        until = float(times["until"])
-        if now.seconds - until > _GONE_SECONDS + seconds:
-            path.unlink(missing_ok=True)  # of a process that has ended
-        listened |= until - float(times["since"]) >= seconds and now.seconds - until <= _GONE_SECONDS
-        heard.append(held[now.seconds - held[:, 1] <= seconds, 0].astype(np.int64))
-    return np.setdiff1d(clients, np.concatenate(heard)) if listened else clients[:0]
+        except (OSError, ValueError, KeyError):
+            continue  # taken away, or of a machine that was started anew
+        spells.append((since, now.seconds if now.seconds - until <= _GONE_SECONDS else until))
+        heard.append(held)
+    begun = _listening_since(spells, now.seconds, seconds)
+    if begun is None:
+        return clients[:0]
+    held = np.concatenate(heard)
+    return np.setdiff1d(clients, held[held[:, 1] >= begun, 0].astype(np.int64))
+
+
+def _listened(path: Path, now: Instant) -> tuple[float, float]:
+    """From when until when an intake has listened. Raises ValueError for one of an earlier start of the machine."""
+    if path.name.rpartition("-")[0] != now.boot:
+        raise ValueError(f"{path} is of another start of the machine")
+    times = json.loads(path.read_text(encoding="ascii"))
+    return float(times["since"]), float(times["until"])
+
+
+def _is_old(path: Path, now: Instant, seconds: float) -> bool:
+    try:
+        return now.seconds - _listened(path, now)[1] > seconds
+    except (OSError, ValueError, KeyError):
+        return True
+
+
+def _listening_since(spells: Sequence[tuple[float, float]], now: float, seconds: float) -> float | None:
+    """When the last so many seconds of listening began; nothing if there were fewer, or nobody listens now.
+
+    >>> _listening_since([(0.0, 40.0), (50.0, 60.0)], now=60.0, seconds=15.0)
+    35.0
+    >>> _listening_since([(0.0, 40.0)], now=60.0, seconds=15.0) is None
+    True
+    """
+    begun, left = now, seconds
+    for since, until in sorted(spells, key=lambda spell: -spell[1]):
+        if begun == now and until < now:
+            return None
+        end = min(until, begun)  # some listen at the same time
+        if end - since >= left:
+            return end - left
+        if end > since:
+            begun, left = since, left - (end - since)
+    return None
 
 
 def _seen(folder: Path, within_seconds: float, clock: Clock) -> list[tuple[Path, IntArray]]:

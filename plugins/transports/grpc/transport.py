@@ -226,7 +226,8 @@ class GrpcLine:
         """The clients that called lately, once there are enough."""
         told = False
         while True:
-            there = present(self.folder / "present", self.settings.presence_seconds)
+            settings = self.settings
+            there = present(self.folder / "present", settings.presence_seconds, 2 * settings.lease_seconds)
             if len(there) >= self.wait_for:
                 return there
             if not told:

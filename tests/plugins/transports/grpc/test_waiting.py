@@ -104,5 +104,12 @@ def test_who_says_nothing_is_silent_once_an_intake_has_listened_for_so_long(tmp_
     intake = Presence(tmp_path / "", clock)  # it is started again, and has heard nobody yet
     assert listen(8) == []
     assert listen(8, 3) == [1, 2]
+    for path in list(tmp_path.iterdir()):  # it is killed, and the next is another process
+        path.rename(path.with_name(path.name.replace(f"-{os.getpid()}.", "-1.")))
+    clock.seconds += 30.0
+    intake = Presence(tmp_path, clock)
+    assert listen(2, 1) == [2]  # client 3 was heard in the ten seconds of listening before
+    assert listen(8) == [2]
+    assert listen(2) == [2, 3]
     clock.boot, clock.seconds = "another boot", 50.0
     assert silent(tmp_path, clients, 10.0, clock).tolist() == []
