@@ -56,21 +56,25 @@ class Place:
         Raises:
             TrustError: plaintext that would leave this machine, or a certificate that cannot be used.
         """
-        options = [
+        tls = None if self.authority is None else DeviceTls(self.authority, self.certificate, self.key)
+        refuse_contradiction(tls, self.address, insecure=self.insecure)
+        if tls is None:
+            made = grpc.insecure_channel(self.address, self.options)
+        else:
+            made = grpc.secure_channel(self.address, tls.credentials(), self.options)
+        with made as channel:
+            yield channel
+
+    @property
+    def options(self) -> list[tuple[str, int]]:
+        """What gRPC is told of the line."""
+        return [
             ("grpc.max_receive_message_length", 1 << 20),
             ("grpc.use_local_subchannel_pool", 1),  # each channel is a connection of its own
             # As a device's own calls: the line waits no longer to come back than they do.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", round(1e3 * self.longest_pause)),
         ]
-        tls = None if self.authority is None else DeviceTls(self.authority, self.certificate, self.key)
-        refuse_contradiction(tls, self.address, insecure=self.insecure)
-        if tls is None:
-            made = grpc.insecure_channel(self.address, options)
-        else:
-            made = grpc.secure_channel(self.address, tls.credentials(), options)
-        with made as channel:
-            yield channel
 
 
 @dataclass(frozen=True)

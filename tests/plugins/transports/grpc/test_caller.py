@@ -293,7 +293,7 @@ def test_the_longest_pause_is_the_command_lines(tmp_path: Path) -> None:
     made = _maker(discover(), **given, cache_mb=1, patience=9.0, longest_pause=1.5)
     device = made(tmp_path / "shard", tmp_path / "kept", None, lambda word, values: None)
     assert device.back_off == BackOff(0.2, 1.5, 9.0)
-    assert device.place.longest_pause == 1.5
+    assert dict(device.place.options)["grpc.max_reconnect_backoff_ms"] == 1_500
     with pytest.raises(BadParameter, match=r"0\.1 is not in the range"):
         device_command.make_context("device", ["--server", "a:1", "--data", "b", "--longest-pause", "0.1"])
 
