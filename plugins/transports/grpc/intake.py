@@ -24,6 +24,7 @@ from fedtower.plugins.transports.grpc.bell import Bell
 from fedtower.plugins.transports.grpc.bounds import parse
 from fedtower.plugins.transports.grpc.checks import Expected
 from fedtower.plugins.transports.grpc.codec import refuse_other_protocol
+from fedtower.plugins.transports.grpc.journal_reads import JournalReads
 from fedtower.plugins.transports.grpc.leased import LeasedRows, remove_ended
 from fedtower.plugins.transports.grpc.meters import Meters
 from fedtower.plugins.transports.grpc.open_windows import OpenWindows
@@ -93,6 +94,8 @@ class Limits:
     slow_seconds: float = 5.0
     """What an upload may take while others wait for its place."""
     silence_seconds: float = 120.0
+    journal_seconds: float = 3.0
+    """What the journal may take to be read; who needs it is asked to come back then, and nobody else waits."""
     most_waiting: int = 2_000
     """Check-ins that are held: one takes 30 kB, and memory does not grow with the number of devices."""
 
@@ -122,8 +125,10 @@ class Intake:
         self.presence = Presence(self.folder / "present")
         self.staging = Staging(self.folder / "staging", self.limits.upload_bytes)
         self.leased = LeasedRows(self.folder / "leased")
-        self._open = OpenWindows(self.folder, self.federation, self.journal, self.registry, self.artefacts)
+        self._open = OpenWindows(self.folder, self.federation, self.registry, self.artefacts)
+        self._reads = JournalReads(self.limits.journal_seconds)
         self._looked = float("-inf")  # when, by the loop's clock
+        self._looking: asyncio.Task[None] | None = None
         self.waiting = Waiting(self.limits.most_waiting)
         self._answers = Answers()
         self.receiving = ReceivingUpload(self)
@@ -168,13 +173,14 @@ class Intake:
             pause = pb.ComeBack(seconds=self._pause(), reason="this server is about to stop")
             return pb.CheckInReply(come_back=pause)
         wanted = {_NAMES[task] for task in request.tasks if task in _NAMES} or {"train", "evaluate"}
-        for window, most in _offers(self._windows().windows(), caller.client):
+        for window, most in _offers((await self._windows()).windows(), caller.client):
             if window.task in wanted:
                 asked = (window.round, window.task, caller.client, window.lease_seconds, most)
                 lease = await self.durable(self.journal.lease(*asked))
                 held = None if lease is None else self._open.get(lease.round, lease.task)
                 if lease is not None and held is not None:
                     window = held.window  # an older one, if the client works from that
+                    self._open.note(lease)
                     self.meters.leased(window.task)
                     if request.num_examples:
                         self.leased.note_examples((window.round, window.task), lease.id, request.num_examples)
@@ -185,7 +191,7 @@ class Intake:
         """Look at the windows whenever the bell rings, and now and then, and call those for whom there is something;
         without an end.
         """
-        rung, loop = asyncio.Event(), asyncio.get_running_loop()
+        rung, loop, is_well = asyncio.Event(), asyncio.get_running_loop(), True
 
         def heard() -> None:
             bell.hush()
@@ -195,11 +201,14 @@ class Intake:
         try:
             while True:
                 try:
-                    self._look()
+                    await self.look()
                     if self.finished():
                         self._release()
+                    is_well = True
                 except (FedtowerError, OSError) as error:  # the disk or another process; the next look may do better
-                    self.said("not now", call="watch", message=str(error))
+                    if is_well:  # else it was said
+                        self.said("not now", call="watch", message=str(error))
+                    is_well = False
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_WATCH_SECONDS):
                         await rung.wait()
@@ -215,11 +224,11 @@ class Intake:
     async def fetch(self, caller: Caller, data: bytes) -> AsyncIterator[pb.Chunk]:
         """An artefact in chunks, and small ones that are asked for with it."""
         request = parse(pb.FetchRequest, data, whose=caller.whose)
-        window = self.lease_of(caller, request.lease)
+        window = await self.lease_of(caller, request.lease)
         first, others = request.digest, [each for each in dict.fromkeys(request.then) if each != request.digest]
         if len(first) != 32 or not self.artefacts.path(first).is_file():
             with self.in_vain(request.lease):
-                raise self._without(caller, window, first)
+                raise await self._without(caller, window, first)
         if len(others) > MOST_TOGETHER:
             raise Refused(
                 Reason.TOO_LARGE, f"{caller.whose} asked for {len(others)} artefacts at once; {MOST_TOGETHER} may be"
@@ -228,9 +237,9 @@ class Intake:
             self.meters.sent(len(chunk))
             yield pb.Chunk(data=chunk)
 
-    def _without(self, caller: Caller, window: tuple[int, Task], digest: bytes) -> Refused:
+    async def _without(self, caller: Caller, window: tuple[int, Task], digest: bytes) -> Refused:
         """Why an artefact is not here: what a round was sent goes when it is over."""
-        self._look()
+        await self.look()
         if self._open.get(*window) is None:
             return Refused(
                 Reason.ROUND_CLOSED,
@@ -244,9 +253,9 @@ class Intake:
     async def fetch_rows(self, caller: Caller, data: bytes) -> AsyncIterator[bytes]:
         """Rows, as serialised RowsChunks: passed on from the table process unread."""
         request = parse(pb.FetchRowsRequest, data, whose=caller.whose)
-        round, task = self.lease_of(caller, request.lease)
+        round, task = await self.lease_of(caller, request.lease)
         with self.in_vain(request.lease):
-            source = self._expected(round, task, caller).rows.get(request.source)
+            source = (await self._expected(round, task, caller)).rows.get(request.source)
         ids = ids_of(request, caller.whose)
         if source is None or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < source.num_rows):
             raise Refused(
@@ -266,9 +275,9 @@ class Intake:
     async def heartbeat(self, caller: Caller, data: bytes) -> pb.HeartbeatReply:
         """More time for a lease."""
         request = parse(pb.HeartbeatRequest, data, whose=caller.whose)
-        round, task = self.lease_of(caller, request.lease)
+        round, task = await self.lease_of(caller, request.lease)
         with self.in_vain(request.lease):
-            window = self._expected(round, task, caller).window
+            window = (await self._expected(round, task, caller)).window
             lease = await self.durable(self.journal.renew(request.lease, window.lease_seconds))
             if lease is None:
                 raise Refused(Reason.LATE, f"the lease of {caller.whose} in round {round} has run out")
@@ -279,7 +288,7 @@ class Intake:
         request = parse(pb.ResumeRequest, data, whose=caller.whose)
         if len(request.digest) != 32:
             raise Refused(Reason.CORRUPT, f"{caller.whose} named a digest of {len(request.digest)} bytes; it has 32")
-        window = self.lease_of(caller, request.lease)
+        window = await self.lease_of(caller, request.lease)
         return pb.ResumeReply(held=pb.Held(offset=self.staging.held(window, request.lease, request.digest)))
 
     async def submit(self, caller: Caller, parts: AsyncIterator[bytes]) -> pb.SubmitReply:
@@ -331,17 +340,20 @@ class Intake:
                     self.journal.end(lease, late=came and refusal.reason is Reason.LATE)
             raise
 
-    def waits_for(self, round: int, task: Task) -> Expected | None:
+    async def waits_for(self, round: int, task: Task) -> Expected | None:
         """What a window is held to; nothing, where the journal says that it is not open."""
-        held = self._windows().get(round, task)
+        held = (await self._windows()).get(round, task)
         if held is None:  # opened this moment, or this process has just begun
-            self._look()
+            await self.look()
             held = self._open.get(round, task)
         return None if held is None else held.expected
 
-    def lease_of(self, caller: Caller, lease: bytes) -> tuple[int, Task]:
+    async def lease_of(self, caller: Caller, lease: bytes) -> tuple[int, Task]:
         """The round and task of a lease. Raises Refused for one that is not the caller's."""
         held = self._open.lease(lease)
+        if held is None:  # another process gave it, or this one before a kill
+            record = await self._reads.ask(lambda: self.journal.find(lease))
+            held = None if record is None else self._open.note(record.lease)
         if held is None or held[2] != caller.client:
             raise Refused(
                 Reason.UNKNOWN_LEASE, f"{caller.whose} has no lease {lease.hex()[:16]!r} here; check in to be given one"
@@ -350,25 +362,39 @@ class Intake:
         self.presence.saw(caller.client)
         return held[0], held[1]
 
-    def _expected(self, round: int, task: Task, caller: Caller) -> Expected:
-        held = self._windows().get(round, task)
+    async def _expected(self, round: int, task: Task, caller: Caller) -> Expected:
+        held = (await self._windows()).get(round, task)
         if held is None:
             raise Refused(
                 Reason.ROUND_CLOSED, f"round {round} ({task}) waits for nothing more; {caller.whose} may check in again"
             )
         return held.expected
 
-    def _windows(self) -> OpenWindows:
+    async def _windows(self) -> OpenWindows:
         """The windows that are open, as they stood at most 50 ms ago."""
-        if asyncio.get_running_loop().time() - self._looked > _LOOK_SECONDS:
-            self._look()
+        await self._look_since(asyncio.get_running_loop().time() - _LOOK_SECONDS)
         return self._open
 
-    def _look(self) -> None:
-        """Read how the windows stand, and call the clients of those that have opened."""
-        self._looked = asyncio.get_running_loop().time()
+    async def look(self) -> None:
+        """Read how the windows stand now, and call the clients of those that have opened."""
+        await self._look_since(asyncio.get_running_loop().time())
+
+    async def _look_since(self, moment: float) -> None:
+        """A look that began no earlier than that, by the loop's clock: one for all who wait for one.
+
+        Raises:
+            Busy: the journal does not answer.
+        """
+        while self._looked < moment:
+            if self._looking is None or self._looking.done():
+                self._looking = asyncio.ensure_future(self._look_once())
+            await asyncio.shield(self._looking)  # others wait for it too, when this caller has gone
+
+    async def _look_once(self) -> None:
+        begun = asyncio.get_running_loop().time()
         self._note_presence()
-        gone = self._open.look()
+        gone = self._open.take(await self._reads.ask(self.journal.rounds))
+        self._looked = begun
         for each in gone:
             self.leased.forget(each)
         for folder in (self.leased.folder, self.staging.folder) if gone else ():
@@ -382,7 +408,8 @@ class Intake:
         for client in self.waiting.clients():
             self.presence.saw(client)
         try:
-            self.presence.write(within_seconds=max(self.limits.presence_seconds, self.limits.silence_seconds))
+            # Twice: in some of that time nobody may have listened.
+            self.presence.write(within_seconds=max(self.limits.presence_seconds, 2 * self.limits.silence_seconds))
         except OSError as error:  # a full disk: who is there is no promise, and calls are answered all the same
             self.said("presence_not_written", message=str(error))
 

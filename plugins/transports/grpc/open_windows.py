@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedtower.core.journal import Journal, RoundRecord, Task
+from fedtower.core.journal import Lease, RoundRecord, Task
 from fedtower.core.registry import Registry
 from fedtower.plugins.transports.grpc.artefact_store import ArtefactStore
 from fedtower.plugins.transports.grpc.checks import Expected, expected_of
@@ -25,21 +25,20 @@ class Open:
 
 @dataclass
 class OpenWindows:
-    """What one process knows of them; :meth:`look` and then :meth:`opened` bring it up to date."""
+    """What one process knows of them; :meth:`take` and then :meth:`opened` bring it up to date."""
 
     folder: Path
     federation: str
-    journal: Journal
     registry: Registry
     artefacts: ArtefactStore
     records: Sequence[RoundRecord] = field(default=(), init=False)
-    """All windows of the journal, as they stood at the last look."""
+    """All windows of the journal, as they were taken last."""
     _held: dict[Key, Open] = field(default_factory=dict, init=False, repr=False)
     _leases: dict[bytes, tuple[int, Task, int]] = field(default_factory=dict, init=False, repr=False)
 
-    def look(self) -> list[Key]:
-        """Ask the journal; the windows that are open no more."""
-        self.records = self.journal.rounds()
+    def take(self, records: Sequence[RoundRecord]) -> list[Key]:
+        """The windows of the journal as they stand; those that are open no more."""
+        self.records = records
         wanted = self._wanted()
         gone = sorted(self._held.keys() - wanted)
         for key in gone:
@@ -49,7 +48,7 @@ class OpenWindows:
         return gone
 
     def opened(self) -> Iterator[Window]:
-        """The windows that had opened by the last look, each once and as soon as it is held.
+        """The windows that had opened by then, each once and as soon as it is held.
 
         Raises:
             CheckpointError: a window's file is damaged.
@@ -73,12 +72,14 @@ class OpenWindows:
         return list({record.task: record for record in self.records}.values())
 
     def lease(self, lease: bytes) -> tuple[int, Task, int] | None:
-        """The round, task and client of a lease, also of one that another process gave, or this one before a kill."""
-        held = self._leases.get(lease)
-        if held is None and (record := self.journal.find(lease)) is not None:
-            held = (record.lease.round, record.lease.task, record.lease.client)
-            if held[:2] in self._held:  # those of rounds that are over would never be forgotten
-                self._leases[lease] = held
+        """The round, task and client of a lease, if it was noted here and its window is open."""
+        return self._leases.get(lease)
+
+    def note(self, lease: Lease) -> tuple[int, Task, int]:
+        """The same of a lease that the journal has, to be known from now on."""
+        held = (lease.round, lease.task, lease.client)
+        if held[:2] in self._held:  # those of rounds that are over would never be forgotten
+            self._leases[lease.id] = held
         return held
 
     def _wanted(self) -> set[Key]:

@@ -122,7 +122,7 @@ class Public:
         if isinstance(error, StorageError | OSError) and "come_back" in reply.DESCRIPTOR.fields_by_name:
             return reply(come_back=pb.ComeBack(seconds=seconds, reason="the server cannot store anything now"))
         context.set_code(grpc.StatusCode.UNAVAILABLE)
-        context.set_details("the server cannot do that now; come back")
+        context.set_details(f"the server cannot do that now; come back in {seconds:g} seconds")
         return reply()
 
 

@@ -50,13 +50,13 @@ class ReceivingUpload:
 
     async def _submitted(self, caller: Caller, parts: AsyncIterator[bytes]) -> pb.SubmitReply:
         header = await self._header(caller, parts)
-        round, task = self.intake.lease_of(caller, header.lease)
+        round, task = await self.intake.lease_of(caller, header.lease)
         async with self._memory.room(header.size + _besides(header.size)) as room:
             async with room.receiving(header.lease, caller.whose):
                 data = _data_of(parts, caller.whose)
                 payload = await self.intake.staging.receive((round, task), header, caller.whose, data)
             self.intake.meters.received(len(payload))
-            expected = self.intake.waits_for(round, task)
+            expected = await self.intake.waits_for(round, task)
             with self.intake.in_vain(header.lease, came=True):
                 if len(payload) <= _SMALL:
                     self._check(caller, expected, header, payload)

@@ -64,8 +64,12 @@ async def bad(federation: Federation, client: int, kind: str) -> None:
 
 async def noted(federation: Federation, lease: pb.Lease) -> None:
     """The journal notes the end of a visit beside the answer: time stands still until it has."""
-    while not ((held := federation.intake.journal.find(lease.lease)) and held.ended):
+    for _ in range(1_000):
+        held = federation.intake.journal.find(lease.lease)
+        if held is not None and held.ended is not None:
+            return
         await asyncio.sleep(0.01)
+    raise AssertionError("nothing was noted")
 
 
 def test_visits_that_were_refused_late_or_silent_are_told_once_and_as_waste(federation: Federation) -> None:

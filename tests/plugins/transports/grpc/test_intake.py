@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from fedtower.plugins.transports.grpc.intake import CHUNK_BYTES, Caller, Intake,
 from fedtower.plugins.transports.grpc.leased import remove_ended
 from fedtower.plugins.transports.grpc.meters import Meters
 from fedtower.plugins.transports.grpc.plans import PublishedPlan, RowSource, open_plan
+from fedtower.plugins.transports.grpc.presence import Presence
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
 from fedtower.plugins.transports.grpc.rows import METHOD, LockedRows, _chunks, serve_rows
 from fedtower.plugins.transports.grpc.table import TableSide, Terms
@@ -562,7 +564,7 @@ def test_small_artefacts_are_given_with_the_first_and_a_round_that_is_over_has_n
 async def time_goes_on(federation: Federation, seconds: int) -> None:
     for _ in range(seconds):
         federation.clock.seconds += 1.0
-        federation.intake._look()
+        await federation.intake.look()
         await asyncio.sleep(0.002)
 
 
@@ -581,6 +583,24 @@ def test_a_round_with_its_quorum_does_not_wait_for_devices_that_have_vanished(fe
 
     asyncio.run(story())
     assert len(federation.came) == CLIENTS - 1
+
+
+def test_an_evaluation_does_not_wait_anew_for_a_device_that_died_after_every_kill(federation: Federation) -> None:
+    async def story() -> None:
+        await time_goes_on(federation, 70)
+        judged = federation.side.judged, Plan(1, PARAMETERS, LOCAL), np.arange(2)
+        judging = asyncio.get_running_loop().run_in_executor(None, *judged)
+        for client in (0, 1):
+            assert (await federation.lease(client)).task == pb.TASK_EVALUATE
+        for kill in range(4):  # each time a process is there for less than a lease, and then the next one
+            await time_goes_on(federation, 20)
+            for path in list((federation.intake.folder / "present").iterdir()):
+                path.rename(path.with_name(path.name.replace(f"-{os.getpid()}.", f"-{kill + 1}.")))
+            federation.intake.presence = Presence(federation.intake.folder / "present", federation.clock)
+            await time_goes_on(federation, 1)
+        assert await asyncio.wait_for(judging, 20.0) == {}
+
+    asyncio.run(story())
 
 
 def test_a_round_without_its_quorum_waits_for_its_deadline(federation: Federation) -> None:
