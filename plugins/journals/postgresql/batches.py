@@ -133,5 +133,6 @@ def _answer(batch: Batch[Upload], order: Order) -> Answer:
     if isinstance(order, Grant):
         return batch.grant(order)
     if isinstance(order, Ending):
-        return batch.end(order)
+        batch.end(order)
+        return None
     return batch.renew(order) if isinstance(order, Renewal) else batch.accept(order)

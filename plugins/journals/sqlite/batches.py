@@ -180,5 +180,6 @@ def _answer(batch: Batch[Placed], order: Prepared) -> Answer:
     if isinstance(order, Renewal):
         return batch.renew(order)
     if isinstance(order, Ending):
-        return batch.end(order)
+        batch.end(order)
+        return None
     return batch.accept(order) if isinstance(order, Placed) else order

@@ -588,8 +588,8 @@ def test_a_round_with_its_quorum_does_not_wait_for_devices_that_have_vanished(fe
 def test_an_evaluation_does_not_wait_anew_for_a_device_that_died_after_every_kill(federation: Federation) -> None:
     async def story() -> None:
         await time_goes_on(federation, 70)
-        judged = federation.side.judged, Plan(1, PARAMETERS, LOCAL), np.arange(2)
-        judging = asyncio.get_running_loop().run_in_executor(None, *judged)
+        plan, clients = Plan(1, PARAMETERS, LOCAL), np.arange(2)
+        judging = asyncio.get_running_loop().run_in_executor(None, lambda: federation.side.judged(plan, clients))
         for client in (0, 1):
             assert (await federation.lease(client)).task == pb.TASK_EVALUATE
         for kill in range(4):  # each time a process is there for less than a lease, and then the next one
