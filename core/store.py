@@ -178,7 +178,7 @@ class _File:
         if np.any(clients[1:] < clients[:-1]):
             order = np.argsort(clients)
             clients, values = clients[order], values[order]
-        content, each = values.reshape(-1).view(np.uint8), self.initial.nbytes
+        content, each = values.reshape(-1).view(np.uint8).data, self.initial.nbytes
         starts = np.flatnonzero(np.diff(clients, prepend=-2) != 1).tolist()  # of neighbours, which go in one piece
         with storage_errors(self._folder):
             for start, stop in zip(starts, [*starts[1:], len(clients)], strict=True):
@@ -206,7 +206,7 @@ class _File:
         self._fresh[:] = False
 
 
-def _write_at(file: int, content: NDArray[np.uint8], place: int) -> None:
+def _write_at(file: int, content: memoryview, place: int) -> None:
     while len(content):
         taken = os.pwrite(file, content, place)
         content, place = content[taken:], place + taken

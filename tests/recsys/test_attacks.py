@@ -126,7 +126,7 @@ def in_process(block: int) -> Part:
             r"set transport\.block = 60,",
         ),
         ({"cohort": CohortSection(Part("uniform", {"size": 9}), 1.5)}, r"leave cohort\.over_selection out"),
-        ({"asynchronous": AsynchronousSettings(buffer=3)}, r"leave \[asynchronous\] out"),
+        ({"asynchronous": AsynchronousSettings(concurrency=6, buffer=3)}, r"leave \[asynchronous\] out"),
         ({"transport": Part("hers")}, r"'hers' has no setting `block` .* transport\.name = \"in_process\""),
     ],
 )

@@ -106,7 +106,7 @@ def test_where_negatives_may_be_held_out_histories_and_targets_may_not(
 
 def test_a_client_without_training_events_may_be_given_what_is_held_out_for_it(population_of: PopulationOf) -> None:
     def visits(*histories: tuple[int, ...]) -> Any:
-        population: Any = WithRepeats(population_of([[0]], 12), histories)
+        population: Any = WithRepeats(population_of([[0]] * len(histories), 12), histories)
         split: Any = Careless()
         return SequenceData(population, split, DRAWS).work(Plan(1, {}, UNTRAINED), np.arange(len(histories)))
 
