@@ -63,6 +63,14 @@ class Table:
         return np.zeros((len(ids), 4), np.float32)
 
 
+@dataclass(frozen=True)
+class Halfway:
+    """An upload that stops in its middle: ``begun`` when the first half is sent, and let go on by ``go_on``."""
+
+    begun: Event = field(default_factory=Event)
+    go_on: Event = field(default_factory=Event)
+
+
 @dataclass
 class Child:
     """An intake in a process of its own, over a folder whose windows are opened here."""
@@ -117,21 +125,30 @@ class Child:
         belongs = Belongs(plan.federation, plan.model, plan.round, lease.lease)
         return encode_submission(Submission(belongs, updates, 3))
 
-    def submit(self, client: int, lease: pb.Lease, payload: bytes, held_up: Event | None = None) -> pb.SubmitReply:
+    def submit(self, client: int, lease: pb.Lease, payload: bytes, halfway: Halfway | None = None) -> pb.SubmitReply:
         """Send an update; the second half of it comes when it is let go on."""
 
         def parts() -> Iterator[pb.SubmitPart]:
             digest = Artefact.of("", payload).digest
             yield pb.SubmitPart(header=pb.SubmitHeader(lease=lease.lease, digest=digest, size=len(payload)))
             yield pb.SubmitPart(data=payload[:20])
-            if held_up is not None:
-                assert held_up.wait(20.0)
+            if halfway is not None:
+                halfway.begun.set()
+                assert halfway.go_on.wait(20.0)
             yield pb.SubmitPart(data=payload[20:])
 
         channel, stub, metadata = self.call(client)
         with channel:
             reply: pb.SubmitReply = stub.Submit(parts(), metadata=metadata, timeout=20.0)
             return reply
+
+    def under_way(self, client: int, lease: pb.Lease, payload: bytes, halfway: Halfway) -> None:
+        """Return when the server has the first half: a call that went after it on the same connection is answered."""
+        assert halfway.begun.wait(20.0)
+        channel, stub, metadata = self.call(client)
+        with channel:
+            request = pb.ResumeRequest(lease=lease.lease, digest=Artefact.of("", payload).digest)
+            stub.Resume(request, metadata=metadata, timeout=20.0)
 
     def lines(self, event: str) -> list[dict[str, Any]]:
         return [values for name, values in logged(self.folder) if name == "intake" and values["event"] == event]
@@ -244,42 +261,43 @@ def opened(child: Child) -> Iterator[list[Updates]]:
 def test_told_to_stop_it_finishes_the_upload_and_gives_out_no_more_tasks(
     child: Child, journal: Journal, window: list[Updates]
 ) -> None:
-    lease, go_on, replies = child.leased(0), Event(), list[pb.SubmitReply]()
+    lease, halfway, replies = child.leased(0), Halfway(), list[pb.SubmitReply]()
     payload = child.update(lease)
-    upload = Thread(target=lambda: replies.append(child.submit(0, lease, payload, go_on)))
+    upload = Thread(target=lambda: replies.append(child.submit(0, lease, payload, halfway)))
     upload.start()
-    soon(lambda: "Submit" in child.get("/metrics")[1] or child.get("/health")[0])
-    time.sleep(0.3)  # the first half is there: nothing but time tells
+    child.under_way(0, lease, payload, halfway)
     child.process.send_signal(signal.SIGTERM)
     status, told, _ = soon(lambda: seen if "draining" in (seen := child.get("/health"))[1]["reasons"] else None)
     assert (status, told["status"]) == (503, "draining")
     assert child.check_in(1).come_back.reason == "this server is about to stop"
     assert child.process.poll() is None
-    go_on.set()
+    halfway.go_on.set()
     upload.join(20.0)
     assert replies[0].WhichOneof("outcome") == "acknowledged"
     assert child.process.wait(10.0) == 0
     assert journal.record(1, "train").accepted == 1
+    assert child.lines("draining")[0]["uploads"] == 1
     assert child.lines("stopped")[0]["all_uploads_came"] is True
 
 
 def test_an_upload_that_hangs_holds_it_up_no_longer_than_it_may(child: Child, window: list[Updates]) -> None:
-    lease, never = child.leased(0), Event()
+    lease, never = child.leased(0), Halfway()
+    payload = child.update(lease)
     ended: list[grpc.RpcError] = []
 
     def hang() -> None:
         try:
-            child.submit(0, lease, child.update(lease), never)
+            child.submit(0, lease, payload, never)
         except grpc.RpcError as error:
             ended.append(error)
 
     upload = Thread(target=hang)
     upload.start()
-    time.sleep(0.3)
+    child.under_way(0, lease, payload, never)
     child.process.send_signal(signal.SIGTERM)
     assert child.process.wait(20.0) == 0
     assert child.lines("stopped")[0]["all_uploads_came"] is False
-    never.set()
+    never.go_on.set()
     upload.join(20.0)
     assert ended
 
