@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from fedtower.core.errors import MissingDependency
 from fedtower.core.journal import Busy, DamagedRecord, Fenced, Journal, JournalError, Outcome, Upload
 from fedtower.core.testing.journal import leased, payloads, sent
 from tests.plugins.journals.intake import payload_of
@@ -28,7 +27,8 @@ if not os.environ.get("CI"):  # there, what is missing is an error
 import psycopg
 
 from fedtower.plugins.journals.postgresql.journal import PostgreSQL
-from fedtower.plugins.journals.postgresql.server import Server, find_programs
+from fedtower.plugins.journals.postgresql.server import Server
+from tests.plugins.journals.own_server import own_server
 
 PROGRAM = Path(__file__).with_name("intake.py")
 UPLOADS = 10_000
@@ -37,17 +37,8 @@ UPLOADS = 10_000
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """A server of this file's own: it is ended and started again."""
-    try:
-        find_programs()
-    except MissingDependency as missing:
-        if os.environ.get("CI"):
-            pytest.fail(f"{missing}, and CI is set: two intakes must be tried here")
-        pytest.skip(str(missing))
-    server = Server()
-    server.make()
-    server.start()
-    yield server
-    server.remove()
+    with own_server("two intakes must be tried here") as server:
+        yield server
 
 
 @pytest.fixture

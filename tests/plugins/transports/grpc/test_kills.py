@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections import Counter
@@ -14,10 +13,10 @@ import pytest
 
 import fedtower
 from fedtower.core.draws import Draws
-from fedtower.core.errors import MissingDependency
-from fedtower.plugins.journals.postgresql.server import Server, find_programs
+from fedtower.plugins.journals.postgresql.server import Server
 from fedtower.recsys.run_folder import RunFolder
 from fedtower.recsys.runlog import RunLog
+from tests.plugins.journals.own_server import own_server
 from tests.plugins.transports.grpc import keeping
 from tests.plugins.transports.grpc.killing import Acknowledges, GivesRows, Killer
 from tests.plugins.transports.grpc.replaying import Kept, Replayed
@@ -55,17 +54,8 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
 
 @pytest.fixture
 def postgresql() -> Iterator[Server]:
-    try:
-        find_programs()
-    except MissingDependency as missing:
-        if os.environ.get("CI"):
-            pytest.fail(f"{missing}, and CI is set: two intakes must be tried here")
-        pytest.skip(str(missing))
-    server = Server()
-    server.make()
-    server.start()
-    yield server
-    server.remove()
+    with own_server("two intakes must be tried here") as server:
+        yield server
 
 
 @pytest.mark.parametrize(
