@@ -25,7 +25,8 @@ from typing import IO, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedtower.core.errors import FedtowerError
+from fedtower.core.errors import FedtowerError, MissingDependency
+from fedtower.core.offers import HOST, how_to_install
 
 Array = NDArray[Any]
 Values = Mapping[str, Any]
@@ -85,6 +86,7 @@ class Engine:
 
         Raises:
             EngineError: the host raised; the message is its.
+            MissingDependency: a library that the host imports is not installed.
             EngineCrashed: the process died, or did not answer in time.
         """
         if not self.alive:
@@ -101,6 +103,11 @@ class Engine:
             message = self._obituary(word)
             self.close()
             raise EngineCrashed(message) from error
+        if "missing" in answer:
+            raise MissingDependency(
+                f"the engine {self._target} needs {answer['missing']}, which is not installed; "
+                f"{how_to_install(answer['missing'], HOST)}"
+            )
         if "error" in answer:
             raise EngineError(f"the engine {self._target} refused {word!r}: {answer['error']}")
         return answer, out
@@ -219,8 +226,10 @@ def serve(target: str, line: socket.socket) -> int:
             if host is None:
                 host = getattr(import_module(module), function)()
             answer, out = host.answer(values["word"], values, arrays)
-            if "error" in answer:
-                raise ValueError("an answer cannot hold a value named 'error'")
+            if answer.keys() & {"error", "missing"}:
+                raise ValueError("an answer cannot hold a value named 'error' or 'missing'")
+        except ModuleNotFoundError as error:
+            answer, out = {"missing": (error.name or str(error)).partition(".")[0]}, {}
         except Exception as error:
             answer, out = {"error": f"{type(error).__name__}: {error}"}, {}
         _send(line, answer, out)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedtower.core.errors import MissingDependency
 from fedtower.core.plan import Plan
 from fedtower.core.rows import RowIds
 from fedtower.core.runtime import Work
@@ -221,6 +222,8 @@ class Rude:
             raise ValueError("no such thing")
         if word == "leave":
             os._exit(3)
+        if word == "import":
+            raise ModuleNotFoundError("No module named 'MNN.nn'", name="MNN.nn")
         return dict(values), dict(arrays)
 
 
@@ -254,6 +257,13 @@ def test_what_the_host_raises_is_passed_on_and_it_goes_on(engine: Engine) -> Non
     with pytest.raises(EngineError, match="ValueError: no such thing"):
         engine.ask("raise")
     assert engine.ask("echo", {"a": 1})[0]["a"] == 1
+
+
+def test_a_library_that_the_engine_lacks_is_told_with_what_brings_it(engine: Engine) -> None:
+    with pytest.raises(
+        MissingDependency, match=r"needs MNN, which is not installed; `pip install 'fedtower\[device\]'`"
+    ):
+        engine.ask("import")
 
 
 @pytest.mark.parametrize(("word", "how"), [("die", "died by SIGSEGV"), ("leave", "died with exit code 3")])
