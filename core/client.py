@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fedtower.core.checking import Leased
 from fedtower.core.control import corrected
+from fedtower.core.download import HELD
 from fedtower.core.draws import Draws
 from fedtower.core.hooks import Hooks
 from fedtower.core.plan import Plan
@@ -84,6 +85,8 @@ class ClientSide:
         for position, transform in enumerate(self.transforms):
             for name, shape in transform.state(plan).items():
                 self.store.declare(f"transforms.{position}.{name}", np.zeros(shape, dtype=np.float32))
+        if _goes_on(plan):
+            self.store.declare(HELD, np.zeros((), dtype=np.float32))
 
     def given(self, plan: Plan, clients: IntArray) -> Work:
         """What ``clients`` train on in a visit, with the rows that they need and what they keep."""
@@ -96,10 +99,11 @@ class ClientSide:
     def visit(self, plan: Plan, clients: IntArray) -> Updates:
         """The updates of ``clients`` as they leave their devices; what is to stay on the devices is staged.
 
-        Their metric ``bytes_down`` is what each was sent: the plan's shared parameters, and the rows it asked for.
+        Their metric ``bytes_down`` is what each was sent: the plan's shared parameters, and the rows it asked for. Of
+        publications that are differences it is what it has missed since the last visit whose update counted.
         """
         work = self.given(plan, clients)
-        bytes_down = np.full(len(clients), float(plan.nbytes))
+        bytes_down = plan.bytes_down(held_by(self.store, plan, clients)).astype(np.float64)
         for source, rows in work.rows.items():
             bytes_down += np.diff(work.row_ids[source].offsets) * 4.0 * rows.shape[1]
 
@@ -115,6 +119,8 @@ class ClientSide:
         updates, kept = on_client(self.transforms, updates, kept, self.draws)
 
         states = {**states}
+        if plan.publication is not None and plan.publication.differences:
+            states[HELD] = np.full(len(clients), plan.publication.round, dtype=np.float32)
         for position, state in enumerate(kept):
             states |= {f"transforms.{position}.{name}": values for name, values in state.items()}
         leased = {source: Leased(needed, work.rows[source].shape[1]) for source, needed in work.row_ids.items()}
@@ -152,6 +158,7 @@ class VisitCosts:
     data: ClientData
     rows: RowReader | None
     block: int = 256  # clients whose batches are made at a time, to be counted
+    store: StateStore | None = None  # where it is known what they hold already
 
     def __call__(self, plan: Plan, clients: IntArray) -> Load:
         """The load of a visit of each client."""
@@ -161,7 +168,8 @@ class VisitCosts:
 
     def _load(self, plan: Plan, clients: IntArray) -> tuple[NDArray[np.float64], ...]:
         work = self.data.work(plan, clients)
-        down, up = np.full(len(clients), float(plan.nbytes)), np.full(len(clients), plan.nbytes + 8.0)
+        held = np.zeros(len(clients), np.int64) if self.store is None else held_by(self.store, plan, clients)
+        down, up = plan.bytes_down(held).astype(np.float64), np.full(len(clients), plan.nbytes + 8.0)
         for source, needed in work.row_ids.items():
             if self.rows is None:
                 break
@@ -170,6 +178,18 @@ class VisitCosts:
             down += count * 4.0 * width
             up += (count * 4.0 * (width + 1) + 4.0) * plan.train_rows
         return down, work.steps.astype(np.float64), up
+
+
+def held_by(store: StateStore, plan: Plan, clients: IntArray) -> IntArray:
+    """The round whose publication each of ``clients`` (C,) had last, as far as that matters to the plan; 0: none."""
+    if not _goes_on(plan):
+        return np.zeros(len(clients), dtype=np.int64)
+    return store.read(HELD, clients).astype(np.int64)
+
+
+def _goes_on(plan: Plan) -> bool:
+    """Whether what a client had before makes its next download shorter."""
+    return plan.publication is not None and plan.publication.differences
 
 
 def fetch(rows: RowReader, source: str, needed: RowIds) -> NDArray[np.float32]:

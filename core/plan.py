@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtower.core.errors import RecipeError
+from fedtower.core.publication import Publication
 
 FloatArray = NDArray[np.float32]
+IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -222,14 +224,25 @@ class StandaloneSettings:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a cohort is sent: the round, the shared parameters, and what to do with them."""
+    """What a cohort is sent: the round, the shared parameters, and what to do with them. With a ``publication`` the
+    parameters are what devices make of its messages, and not quite the server's own.
+    """
 
     round: int
     parameters: Mapping[str, FloatArray]
     local: LocalSettings
     train_rows: bool = True
+    publication: Publication | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the shared parameters: what every client of the cohort is sent."""
+        """Bytes of the shared parameters as they are."""
         return sum(value.nbytes for value in self.parameters.values())
+
+    def bytes_down(self, held: IntArray) -> IntArray:
+        """Bytes of the shared parameters as they are sent to clients which had the publications of rounds ``held`` (C,)
+        last: (C,).
+        """
+        if self.publication is None:
+            return np.full(len(held), self.nbytes, dtype=np.int64)
+        return self.publication.bytes_for(held, self.nbytes)

@@ -42,6 +42,13 @@ KINDS = (
         summary="reaches the clients of a cohort",
     ),
     Kind(
+        "download",
+        seam="fedtower.core.download:Download",
+        promises="fedtower.core.testing.download:DownloadPromises",
+        template="fedtower.core:scaffold/download",
+        summary="sends the shared parameters down in fewer bytes",
+    ),
+    Kind(
         "deadline",
         seam="fedtower.core.deadline:Deadline",
         promises="fedtower.core.testing.deadline:DeadlinePromises",

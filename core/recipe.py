@@ -184,6 +184,7 @@ class Recipe:
     transforms: tuple[Part, ...] = ()
     aggregator: Part = field(default_factory=lambda: Part("fedavg"))
     transport: Part = field(default_factory=lambda: Part("in_process"))
+    download: Part | None = None
     deadline: Part | None = None
     journal: Part = field(default_factory=lambda: Part("sqlite"))
     signer: str = "ed25519"
@@ -243,6 +244,7 @@ class Recipe:
             *([("attack", "attack", self.attack.part)] if self.attack else []),
             ("server", "server_optimizer", self.server.part),
             ("transport", "transport", self.transport),
+            *([("download", "download", self.download)] if self.download else []),
             *([("deadline", "deadline", self.deadline)] if self.deadline else []),
             ("journal", "journal", self.journal),
             *([("index", "index", self.index)] if self.index else []),
@@ -309,6 +311,7 @@ def check(recipe: Recipe, registry: Registry) -> Recipe:
     if whole.cohort.asked is not whole.cohort.part:
         registry.make("sampler", whole.cohort.asked, path="cohort")
     _refuse_weighing_twice(whole, registry)
+    _refuse_download(whole)
     if whole.asynchronous is not None and whole.mode != "standalone":
         _check_asynchronous(whole, whole.asynchronous, registry)
     return whole
@@ -343,6 +346,27 @@ def _refuse_weighing_twice(recipe: Recipe, registry: Registry) -> None:
             f"{recipe.aggregator.name!r} weighs them by their examples, so that examples would count twice: set "
             f"{instead}, or another cohort.name"
         )
+
+
+def _refuse_download(recipe: Recipe) -> None:
+    """Raise RecipeError for a ``[download]`` with what cannot be had with it."""
+    if recipe.download is None:
+        return
+    name = recipe.download.name
+    for given, why in (
+        (recipe.mode == "standalone", 'nothing goes down with mode = "standalone"'),
+        (
+            recipe.asynchronous is not None,
+            "[asynchronous] lets devices work from several versions at once, and a publication leads to one",
+        ),
+        (
+            recipe.local.control != "none",
+            f"local.control = {recipe.local.control!r} reckons with deltas from the server's own parameters, and sends "
+            f"variates beside them",
+        ),
+    ):
+        if given:
+            raise RecipeError(f"download.name = {name!r} sends devices fewer bytes, and {why}: leave one of them out")
 
 
 def _check_asynchronous(recipe: Recipe, settings: AsynchronousSettings, registry: Registry) -> None:
@@ -413,6 +437,7 @@ SECTION_OF = {
     "attack": "attack",
     "server_optimizer": "server",
     "transport": "transport",
+    "download": "download",
     "deadline": "deadline",
     "journal": "journal",
     "index": "index",

@@ -16,6 +16,7 @@ from fedtower.core.checking import WORDS, CheckSettings, Reason
 from fedtower.core.client import ClientSide
 from fedtower.core.cohort import Cohort, Sampler
 from fedtower.core.deadline import Arrivals, Deadline, Listening
+from fedtower.core.download import Download, kept, publish
 from fedtower.core.draws import Draws
 from fedtower.core.errors import UpdateError
 from fedtower.core.hooks import Hooks
@@ -61,6 +62,7 @@ class Parts:
     deadline: Deadline | None = None
     target: int | None = None
     asynchronous: AsynchronousSettings | None = None
+    download: Download | None = None
     root: Callable[[Plan], Updates] | None = None  # what the server makes of a plan itself, from public data
 
 
@@ -135,7 +137,7 @@ def run_round(state: ServerState, parts: Parts) -> tuple[ServerState, RoundRepor
         parts.hooks.observe("warned", message=f"round {plan.round} was abandoned: {reason}")
         total, memory, tally = None, state.aggregator, Tally(cohort)
     parts.client.discard()  # of those who were late
-    state = moved(state, total, memory, tally.survivors(), parts)
+    state = replace(moved(state, total, memory, tally.survivors(), parts), download=kept(plan))
 
     seconds = parts.clock() - started
     spent = parts.transport.spent(tally.survivors()) if isinstance(parts.transport, TellsTime) else None
@@ -223,7 +225,12 @@ def choose(round: int, parts: Parts) -> Cohort:
 
 def make_plan(state: ServerState, parts: Parts) -> Plan:
     """What the cohort of the next round is sent."""
-    return Plan(state.round + 1, state.parameters, parts.local, train_rows=parts.rows.train == "device_updates")
+    plan = Plan(state.round + 1, state.parameters, parts.local, train_rows=parts.rows.train == "device_updates")
+    if parts.download is None:
+        return plan
+    draws = parts.draws.under("download")
+    parameters, publication = publish(parts.download, plan.round, plan.parameters, state.download, draws)
+    return replace(plan, parameters=parameters, publication=publication)
 
 
 def optimizer_of(counted: Cohort, parts: Parts) -> ServerOptimizer:

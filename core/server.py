@@ -31,6 +31,7 @@ class ServerState:
     accountant: State = field(default_factory=dict)
     deadline: State = field(default_factory=dict)
     transport: State = field(default_factory=dict)
+    download: State = field(default_factory=dict)
 
 
 class ServerOptimizer(Protocol):

@@ -85,6 +85,7 @@ class Deployed(Federated):
                 signer=signer,
                 said=lambda message: setting.hooks.observe("warned", message=message),
                 asynchronous=recipe.asynchronous,
+                download=recipe.download,
             )
         )
         self._parts = replace(

@@ -42,6 +42,7 @@ class Opening:
     signer: Signer
     said: Callable[[str], None]
     asynchronous: AsynchronousSettings | None = None
+    download: Part | None = None
 
 
 @dataclass(frozen=True)

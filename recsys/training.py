@@ -214,7 +214,7 @@ class Federated:
         sampler = _sampler_of(setting)
         transport = make("transport", recipe.transport, path="transport")
         if isinstance(transport, Simulates):
-            sampler = transport = transport.over(VisitCosts(data, self._model.tables), sampler)
+            sampler = transport = transport.over(VisitCosts(data, self._model.tables, store=self._model.store), sampler)
         self._parts = Parts(
             population=setting.task.num_clients,
             rounds=recipe.rounds,
@@ -237,6 +237,7 @@ class Federated:
             deadline=None if recipe.deadline is None else make("deadline", recipe.deadline, path="deadline"),
             target=recipe.cohort.target,
             asynchronous=recipe.asynchronous,
+            download=None if recipe.download is None else make("download", recipe.download, path="download"),
             root=_root_of(setting, self._model, aggregator, runtime),
         )
         parameters = self._model.declared.parameters()
@@ -275,6 +276,7 @@ class Federated:
             **under("accountant", state.accountant),
             **under("deadline", state.deadline),
             **under("transport", state.transport),
+            **under("download", state.download),
             **self._model.snapshot(),
             **under("public", {} if self._public is None else self._public.store.snapshot()),
         }
@@ -297,6 +299,7 @@ class Federated:
             accountant=grouped(arrays, "accountant"),
             deadline=grouped(arrays, "deadline"),
             transport=grouped(arrays, "transport"),
+            download=grouped(arrays, "download"),
             generation=0 if self._model.tables is None else self._model.tables.generation,
         )
 

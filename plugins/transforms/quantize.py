@@ -1,7 +1,6 @@
 """Quantisation: every number in 8, 4, 2 or 1 bit, and a scale for each bucket of them.
 
-Alistarh et al., 2017, https://arxiv.org/abs/1610.02132 (QSGD), with the largest entry of a bucket as its scale, as in
-their experiments, and codes of fixed width instead of Elias's. 2 bits are the three values of TernGrad (Wen et al.,
+QSGD (:mod:`fedtower.core.buckets`). 2 bits are the three values of TernGrad (Wen et al.,
 2017, https://arxiv.org/abs/1705.07878). After a sparsifier, the values that it sends are quantised.
 """
 
@@ -15,11 +14,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtower.core.buckets import Buckets
 from fedtower.core.cohort import Cohort
 from fedtower.core.draws import Draws
-from fedtower.core.errors import UpdateError
 from fedtower.core.hooks import hookimpl
-from fedtower.core.jagged import Bytes, Encoded
+from fedtower.core.jagged import Encoded
 from fedtower.core.packing import as_bytes, as_floats, decoded, encoded, messages, pack, packed_bytes, unpack
 from fedtower.core.plan import Plan
 from fedtower.core.registry import Registry
@@ -29,8 +28,6 @@ from fedtower.core.updates import Rows, Updates
 
 States = Mapping[str, NDArray[np.float32]]
 FloatArray = NDArray[np.float32]
-BUCKET = 512
-"""Entries that share a scale: QSGD's experiments have 512, which is 1/16 of a bit an entry."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,11 @@ class Quantize:
         """What the bytes are called."""
         return f"quantize{self.bits}"
 
+    @property
+    def buckets(self) -> Buckets:
+        """What makes bits of numbers."""
+        return Buckets(self.bits, nearest=self.rounding == "nearest")
+
     def state(self, plan: Plan) -> Mapping[str, tuple[int, ...]]:
         return {}
 
@@ -62,7 +64,7 @@ class Quantize:
         for name, delta in updates.dense.items():
             flat = delta.reshape(len(delta), -1)
             lots = self._lots(draws, name, rounds, clients, np.arange(flat.shape[1], dtype=np.int64))
-            sent[name] = encoded(self.codec, delta.shape[1:], self._messages(flat, lots))
+            sent[name] = encoded(self.codec, delta.shape[1:], self.buckets.encode(flat, lots))
         for table, part in updates.rows.items():
             owners = part.owners
             columns = part.row_ids[:, None] * part.row_deltas.shape[1] + np.arange(part.row_deltas.shape[1])
@@ -86,62 +88,21 @@ class Quantize:
     def _lots(self, draws: Draws, name: str, *key: NDArray[np.int64]) -> NDArray[np.float64] | float:
         return draws.uniform(f"rounding/{name}", *key) if self.rounding == "stochastic" else 0.5
 
-    def _messages(self, flat: FloatArray, lots: NDArray[np.float64] | float) -> Bytes:
-        """Scales and codes of (C, n), as bytes (C, length)."""
-        count, size = flat.shape
-        buckets = -(-size // BUCKET)
-        padded = np.pad(flat, ((0, 0), (0, buckets * BUCKET - size))).reshape(count, buckets, BUCKET)
-        fill = np.full(buckets, BUCKET)
-        fill[-1:] = size - (buckets - 1) * BUCKET
-        scales = self._scales(padded, fill)
-        codes = self._codes(flat, np.repeat(scales, BUCKET, axis=1)[:, :size], lots)
-        return np.concatenate([as_bytes(scales), pack(codes, self.bits)], axis=1)
-
-    def _scales(self, buckets: FloatArray, fill: NDArray[np.int64] | int) -> FloatArray:
-        """The scale of each bucket, the last axis; that of a bucket that is not finite is not either."""
-        sizes = np.abs(buckets)
-        if self.bits == 1 and self.rounding == "nearest":
-            return np.asarray(sizes.sum(axis=-1, dtype=np.float64) / fill, dtype=np.float32)
-        return np.asarray(sizes.max(axis=-1), dtype=np.float32)
-
-    def _codes(self, flat: FloatArray, scales: FloatArray, lots: NDArray[np.float64] | float) -> Bytes:
-        usable = np.isfinite(scales) & (scales > 0)
-        share = np.where(usable, flat, 0.0) / np.where(usable, scales, 1.0).astype(np.float64)
-        if self.bits == 1:
-            if self.rounding == "nearest":
-                return (share >= 0).astype(np.uint8)
-            return ((share + 1) / 2 > lots).astype(np.uint8)
-        levels = 2 ** (self.bits - 1) - 1
-        whole = np.floor(np.clip(share, -1.0, 1.0) * levels + lots)
-        return np.asarray(np.clip(whole, -levels, levels) + levels, dtype=np.uint8)
-
-    def _values(self, codes: Bytes, scales: FloatArray) -> FloatArray:
-        if self.bits == 1:
-            return np.where(codes == 1, scales, -scales).astype(np.float32)
-        levels = 2 ** (self.bits - 1) - 1
-        if np.any(codes > 2 * levels):
-            raise UpdateError(f"a code of {self.bits} bits is at most {2 * levels}, and {int(codes.max())} came")
-        shares = (codes.astype(np.float64) - levels) / levels
-        with np.errstate(invalid="ignore"):  # a scale that is not finite is for the server to refuse
-            return np.asarray(scales * shares, dtype=np.float32)
-
     def _delta_of(self, part: Encoded) -> FloatArray:
         size = prod(part.shape)
-        heads = 4 * -(-size // BUCKET)
-        data = messages(part, heads + packed_bytes(size, self.bits))
-        scales = np.repeat(as_floats(data[:, :heads]), BUCKET, axis=1)[:, :size]
-        return self._values(unpack(data[:, heads:], self.bits, size), scales).reshape(len(data), *part.shape)
+        data = messages(part, self.buckets.length(size))
+        return self.buckets.decode(data, size).reshape(len(data), *part.shape)
 
     def _rows(self, part: Rows, lots: NDArray[np.float64] | float) -> Encoded:
-        scales = self._scales(part.row_deltas, part.row_deltas.shape[1])[:, None]
-        codes = self._codes(part.row_deltas, np.broadcast_to(scales, part.row_deltas.shape), lots)
+        scales = self.buckets.scales(part.row_deltas, part.row_deltas.shape[1])[:, None]
+        codes = self.buckets.codes(part.row_deltas, np.broadcast_to(scales, part.row_deltas.shape), lots)
         return encode_rows(self.codec, part, np.concatenate([as_bytes(scales), pack(codes, self.bits)], axis=1))
 
     def _rows_of(self, part: Encoded) -> Rows:
         width = prod(part.shape)
         offsets, ids, data = decode_rows(part, 4 + packed_bytes(width, self.bits))
         scales = np.broadcast_to(as_floats(data[:, :4]), (len(ids), width))
-        return Rows(offsets, ids, self._values(unpack(data[:, 4:], self.bits, width), scales))
+        return Rows(offsets, ids, self.buckets.values(unpack(data[:, 4:], self.bits, width), scales))
 
     def _sparse(
         self, name: str, part: Encoded, draws: Draws, rounds: NDArray[np.int64], clients: NDArray[np.int64]
@@ -152,7 +113,7 @@ class Quantize:
             self._lots(draws, name, rounds[client], clients[client], where[None]) for client, where in enumerate(places)
         ]
         lines = [
-            head + self._messages(as_floats(data[None]), lot).tobytes()
+            head + self.buckets.encode(as_floats(data[None]), lot).tobytes()
             for head, data, lot in zip(heads, values, lots, strict=True)
         ]
         return Encoded.of(f"{self.codec} of {part.codec}", part.shape, lines)

@@ -651,6 +651,7 @@ class Plan(_message.Message):
     NORM_BOUND_FIELD_NUMBER: _builtins.int
     EVALUATION_JSON_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
+    PUBLICATION_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
     protocol: _builtins.int
     round: _builtins.int
@@ -689,6 +690,10 @@ class Plan(_message.Message):
     def transforms(self) -> _containers.RepeatedCompositeFieldContainer[Global___Part]:
         """the client's side of each, first to last; at most 64"""
 
+    @_builtins.property
+    def publication(self) -> Global___Publication:
+        """A shorter way to the parameters above; whoever does not know it, or cannot go it, fetches them as they are."""
+
     def __init__(
         self,
         *,
@@ -707,14 +712,55 @@ class Plan(_message.Message):
         norm_bound: _builtins.float = ...,
         evaluation_json: _builtins.str = ...,
         run: _builtins.str = ...,
+        publication: Global___Publication | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "publication", b"publication"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "evaluation_json", b"evaluation_json", "federation", b"federation", "files", b"files", "local_json", b"local_json", "model", b"model", "norm_bound", b"norm_bound", "parameters", b"parameters", "protocol", b"protocol", "round", b"round", "rows", b"rows", "run", b"run", "seed", b"seed", "train_rows", b"train_rows", "transforms", b"transforms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bundle", b"bundle", "evaluation_json", b"evaluation_json", "federation", b"federation", "files", b"files", "local_json", b"local_json", "model", b"model", "norm_bound", b"norm_bound", "parameters", b"parameters", "protocol", b"protocol", "publication", b"publication", "round", b"round", "rows", b"rows", "run", b"run", "seed", b"seed", "train_rows", b"train_rows", "transforms", b"transforms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Plan: _TypeAlias = Plan  # noqa: Y015
+
+@_typing.final
+class Publication(_message.Message):
+    """Messages that lead a device to the parameters of a plan. An artefact of messages has one for each parameter, in the
+    order of their names: 32 bits, little-endian, for how many bytes it has, and these.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOWNLOAD_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    DIFFERENCES_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    """whose publication this is; a device remembers of which it holds the parameters"""
+    differences: _builtins.bool
+    """the last n artefacts lead on from the parameters of n publications before; else one suffices"""
+    @_builtins.property
+    def download(self) -> Global___Part:
+        """what makes parameters of messages"""
+
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Artefact]:
+        """newest last; at most 64"""
+
+    def __init__(
+        self,
+        *,
+        download: Global___Part | None = ...,
+        round: _builtins.int = ...,
+        differences: _builtins.bool = ...,
+        messages: _abc.Iterable[Global___Artefact] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["download", b"download"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["differences", b"differences", "download", b"download", "messages", b"messages", "round", b"round"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Publication: _TypeAlias = Publication  # noqa: Y015
 
 @_typing.final
 class RowSource(_message.Message):

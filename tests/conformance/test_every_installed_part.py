@@ -15,6 +15,7 @@ HOW_MANY = {
     "command": 19,
     "dataset": 6,
     "deadline": 2,
+    "download": 2,
     "exporter": 2,
     "journal": 2,
     "index": 2,

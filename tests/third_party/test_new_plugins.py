@@ -48,7 +48,7 @@ def packages(
 
 
 def test_there_are_as_many_kinds_as_expected() -> None:
-    assert len(KINDS) == 19
+    assert len(KINDS) == 20
 
 
 @pytest.mark.parametrize("kind", KINDS)

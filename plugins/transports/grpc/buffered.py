@@ -103,7 +103,7 @@ class Buffered:
             window = read_window(self.side.windows, record.round, "train")
             if window is not None:
                 plan = decode_plan(self.side.artefacts.path(window.digest).read_bytes())
-                kept |= {window.digest, *(each.digest for each in (plan.bundle, *plan.files, *plan.parameters))}
+                kept |= {window.digest, *(each.digest for each in plan.artefacts)}
         return kept
 
 

@@ -47,6 +47,13 @@ class ArtefactCache:
             self._make_room(artefact, {artefact.digest, *keep})
             return self._receive(artefact, fetch)
 
+    def put(self, artefact: Artefact, data: bytes, *, keep: Collection[bytes] = ()) -> None:
+        """Take in an artefact that was made here; room is made for it, but not of the digests in ``keep``."""
+        with storage_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._make_room(artefact, {artefact.digest, *keep})
+            self._write(artefact, data)
+
     def gather(
         self, artefacts: Iterable[Artefact], fetch: Callable[[list[Artefact]], Iterable[tuple[Artefact, bytes]]]
     ) -> None:
@@ -57,10 +64,7 @@ class ArtefactCache:
         with storage_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             for each, data in fetch(missing):
-                path = self.folder / each.digest.hex()
-                unfinished = path.with_suffix(".part")
-                unfinished.write_bytes(each.check(data))
-                unfinished.replace(path)
+                self._write(each, data)
 
     def keep_only(self, digests: Collection[bytes]) -> None:
         """Remove all others: the server's newest plan does not name them."""
@@ -80,6 +84,12 @@ class ArtefactCache:
         except FileNotFoundError:
             return None
         return path
+
+    def _write(self, artefact: Artefact, data: bytes) -> None:
+        path = self.folder / artefact.digest.hex()
+        unfinished = path.with_suffix(".part")
+        unfinished.write_bytes(artefact.check(data))
+        unfinished.replace(path)
 
     def _receive(self, artefact: Artefact, fetch: Fetch) -> Path:
         """Append to what came before, and keep it only if the whole is the artefact."""

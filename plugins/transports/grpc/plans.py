@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from fedtower.core.download import MOST_MESSAGES
 from fedtower.core.errors import RecipeError
 from fedtower.core.plan import FloatArray, LocalSettings, Plan
+from fedtower.core.publication import Publication
 from fedtower.core.settings import Part, build, plain, settings_of
 from fedtower.core.signing import Signer, Verifier
 from fedtower.plugins.transports.grpc.artefacts import Artefact, to_artefact, to_message
@@ -44,6 +46,23 @@ class RowSource:
 
 
 @dataclass(frozen=True)
+class Messages:
+    """A shorter way to a plan's parameters: what ``download`` makes them of, newest last. It is as long, and good for
+    whom, as :class:`~fedtower.core.publication.Publication` says.
+    """
+
+    download: Part
+    round: int = 0
+    differences: bool = False
+    artefacts: tuple[Artefact, ...] = ()
+
+    @property
+    def publication(self) -> Publication:
+        """The same without the bytes."""
+        return Publication(self.round, tuple(each.size for each in self.artefacts), self.differences)
+
+
+@dataclass(frozen=True)
 class PublishedPlan:
     """A plan as it is published: the visit's settings, and the digests of all that it needs.
 
@@ -64,6 +83,13 @@ class PublishedPlan:
     norm_bound: float = 0.0
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     run: str = ""
+    messages: Messages | None = None
+
+    @property
+    def artefacts(self) -> tuple[Artefact, ...]:
+        """All that the plan names."""
+        messages = () if self.messages is None else self.messages.artefacts
+        return (self.bundle, *self.files, *self.parameters, *messages)
 
     @property
     def model(self) -> bytes:
@@ -84,7 +110,8 @@ class PublishedPlan:
                 Reason.WRONG_NAMES, f"round {self.round} has the parameters {sorted(wanted)}; {differ} differ"
             )
         held = {each.name: parameters[each.name] for each in self.parameters}
-        return Plan(round=self.round, parameters=held, local=self.local, train_rows=self.train_rows)
+        publication = None if self.messages is None else self.messages.publication
+        return Plan(self.round, held, self.local, train_rows=self.train_rows, publication=publication)
 
 
 def sign_plan(plan: PublishedPlan, signer: Signer) -> tuple[bytes, pb.SignedArtefact]:
@@ -125,10 +152,11 @@ def encode_plan(plan: PublishedPlan) -> bytes:
         local_json=_to_json(settings_of(plan.local)),
         train_rows=plan.train_rows,
         rows=[pb.RowSource(name=each.name, num_rows=each.num_rows, width=each.width) for each in plan.rows],
-        transforms=[pb.Part(name=each.name, settings_json=_to_json(each.settings)) for each in plan.transforms],
+        transforms=map(_to_part, plan.transforms),
         norm_bound=plan.norm_bound,
         evaluation_json=_to_json(plan.evaluation),
         run=plan.run,
+        publication=None if plan.messages is None else _to_publication(plan.messages),
     )
     return message.SerializeToString(deterministic=True)
 
@@ -146,6 +174,7 @@ def decode_plan(data: bytes) -> PublishedPlan:
         ("parameters", len(message.parameters), MOST_TENSORS),
         ("sources of rows", len(message.rows), MOST_TABLES),
         ("transforms", len(message.transforms), MOST_TRANSFORMS),
+        ("messages", len(message.publication.messages), MOST_MESSAGES),
     ):
         if held > most:
             raise Refused(Reason.TOO_LARGE, f"{_WHOSE} sent a plan with {held:,} {what}; the limit is {most:,}")
@@ -159,18 +188,39 @@ def decode_plan(data: bytes) -> PublishedPlan:
         local=_local(message.local_json),
         train_rows=message.train_rows,
         rows=tuple(RowSource(named(each.name, "rows", _WHOSE), each.num_rows, each.width) for each in message.rows),
-        transforms=tuple(
-            Part(named(each.name, "a transform", _WHOSE), _from_json(each.settings_json)) for each in message.transforms
-        ),
+        transforms=tuple(_part(each, "a transform") for each in message.transforms),
         norm_bound=message.norm_bound,
         evaluation=_from_json(message.evaluation_json),
         run=message.run,
+        messages=_messages(message.publication) if message.HasField("publication") else None,
     )
     if message.model != plan.model:
         raise Refused(Reason.CORRUPT, f"{_WHOSE} sent a plan whose model is not the one that its artefacts make")
     if not 0 <= plan.norm_bound < np.inf:
         raise Refused(Reason.NOT_FINITE, f"{_WHOSE} sent a plan with the norm bound {plan.norm_bound}")
     return plan
+
+
+def _to_part(part: Part) -> pb.Part:
+    return pb.Part(name=part.name, settings_json=_to_json(part.settings))
+
+
+def _part(message: pb.Part, what: str) -> Part:
+    return Part(named(message.name, what, _WHOSE), _from_json(message.settings_json))
+
+
+def _to_publication(messages: Messages) -> pb.Publication:
+    return pb.Publication(
+        download=_to_part(messages.download),
+        round=messages.round,
+        differences=messages.differences,
+        messages=map(to_message, messages.artefacts),
+    )
+
+
+def _messages(message: pb.Publication) -> Messages:
+    download = _part(message.download, "a download")
+    return Messages(download, message.round, message.differences, _artefacts(message.messages))
 
 
 def _artefacts(messages: Iterable[pb.Artefact]) -> tuple[Artefact, ...]:

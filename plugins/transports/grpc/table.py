@@ -21,6 +21,7 @@ from fedtower.core.draws import Draws
 from fedtower.core.errors import CheckpointError
 from fedtower.core.journal import Accepted, Clock, Instant, Journal, RoundRecord, Task, WrongState, since_boot, wait
 from fedtower.core.plan import Plan
+from fedtower.core.publication import Publication
 from fedtower.core.rows import IntArray
 from fedtower.core.signing import Signer
 from fedtower.core.transport import Abandoned, Visit
@@ -31,7 +32,7 @@ from fedtower.plugins.transports.grpc.artefacts import encode_parameter
 from fedtower.plugins.transports.grpc.bell import INTAKES, ring
 from fedtower.plugins.transports.grpc.codec import decode_submission
 from fedtower.plugins.transports.grpc.device_times import DeviceTimes
-from fedtower.plugins.transports.grpc.plans import PublishedPlan, sign_plan
+from fedtower.plugins.transports.grpc.plans import Messages, PublishedPlan, sign_plan
 from fedtower.plugins.transports.grpc.presence import silent
 from fedtower.plugins.transports.grpc.windows import Window, forget_windows, read_window
 from fedtower.recsys.evaluation import MetricSum
@@ -243,11 +244,27 @@ class TableSide:
         """
         store, parameters = self.artefacts, sorted(plan.parameters.items())
         named = tuple(store.put(name, encode_parameter(name, value)) for name, value in parameters)
-        return replace(self.template, round=plan.round, parameters=named, local=plan.local, train_rows=plan.train_rows)
+        return replace(
+            self.template,
+            round=plan.round,
+            parameters=named,
+            local=plan.local,
+            train_rows=plan.train_rows,
+            messages=self._messages(plan.publication),
+        )
+
+    def _messages(self, publication: Publication | None) -> Messages | None:
+        """What was published, as artefacts, each under the round that it leads to."""
+        template = self.template.messages
+        if publication is None or template is None:
+            return None
+        first = publication.round - len(publication.messages) + 1
+        named = tuple(self.artefacts.put(str(round), data) for round, data in enumerate(publication.messages, first))
+        return replace(template, round=publication.round, differences=publication.differences, artefacts=named)
 
     def _named(self, plan: PublishedPlan, digest: bytes) -> set[bytes]:
         """The digests of all that a plan names, and its own."""
-        return {digest, *(each.digest for each in (plan.bundle, *plan.files, *plan.parameters))}
+        return {digest, *(each.digest for each in plan.artefacts)}
 
 
 def _needed(window: Window, terms: Terms) -> int:

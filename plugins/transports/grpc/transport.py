@@ -24,7 +24,7 @@ from fedtower.plugins.transports.grpc.artefacts import Artefact
 from fedtower.plugins.transports.grpc.bell import INTAKES, TABLE, Bell, ring
 from fedtower.plugins.transports.grpc.bounds import CALL_BYTES
 from fedtower.plugins.transports.grpc.buffered import Buffered
-from fedtower.plugins.transports.grpc.plans import PublishedPlan, RowSource
+from fedtower.plugins.transports.grpc.plans import Messages, PublishedPlan, RowSource
 from fedtower.plugins.transports.grpc.presence import look, present
 from fedtower.plugins.transports.grpc.rates import RateSettings
 from fedtower.plugins.transports.grpc.rows import LockedRows, serve_rows
@@ -263,6 +263,7 @@ def _template(opening: Opening) -> PublishedPlan:
         transforms=opening.transforms,
         norm_bound=opening.max_norm or 0.0,
         evaluation=opening.evaluation,
+        messages=None if opening.download is None else Messages(opening.download),
     )
 
 

@@ -31,6 +31,7 @@ from fedtower.plugins.transports.grpc.cache import ArtefactCache
 from fedtower.plugins.transports.grpc.caller import Caller, Leased
 from fedtower.plugins.transports.grpc.codec import Belongs, Submission, encode_submission
 from fedtower.plugins.transports.grpc.engines import Engines
+from fedtower.plugins.transports.grpc.holding import Fetching, Holding, come_by
 from fedtower.plugins.transports.grpc.kept import KeptOnDevice
 from fedtower.plugins.transports.grpc.plans import PublishedPlan, open_plan
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
@@ -258,13 +259,19 @@ class Visitor:
 
     def _parameters(self, leased: Leased, plan: PublishedPlan, bundle: Bundle) -> Mapping[str, FloatArray]:
         """The shared parameters, in the order of the bundle; those that did not change are here already."""
-        keep = [each.digest for each in (plan.bundle, *plan.files, *plan.parameters)]
+        held = Holding.read(self.folder / "held.json")
+        keep = [*(each.digest for each in (*plan.artefacts, *held.parameters))]
         self._cache.keep_only([leased.plan.artefact.digest, *keep])
+        if plan.messages is not None:
+            fetch = Fetching(self._cache, self.caller, leased.lease, keep)
+            come_by(plan, plan.messages, held, fetch, self.registry, bundle.manifest.parameters)
         self._cache.gather(plan.parameters, lambda several: self.caller.fetch_together(leased.lease, several))
         fetched = {
             each.name: decode_parameter(each, self._fetched(leased, each, keep).read_bytes())
             for each in plan.parameters
         }
+        if plan.messages is not None and plan.messages.differences:
+            Holding(plan.run, plan.messages.round, plan.parameters).write(self.folder / "held.json")
         return {name: fetched[name] for name in bundle.manifest.parameters if name in fetched} | fetched
 
     def _fetched(self, leased: Leased, artefact: Artefact, keep: list[bytes] | None = None) -> Path:

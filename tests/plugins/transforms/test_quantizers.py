@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtower.core.aggregation import GridSum
+from fedtower.core.buckets import BUCKET
 from fedtower.core.draws import Draws
 from fedtower.core.errors import RecipeError, UpdateError
 from fedtower.core.packing import as_bytes
 from fedtower.core.testing import examples
 from fedtower.core.testing.transform import TransformPromises
 from fedtower.core.updates import Rows, Updates
-from fedtower.plugins.transforms.quantize import BUCKET, Quantize
+from fedtower.plugins.transforms.quantize import Quantize
 from fedtower.plugins.transforms.sign import Sign
 
 BITS = (8, 4, 2, 1)

@@ -1,0 +1,1 @@
+"""How the shared parameters go down."""

@@ -1,0 +1,150 @@
+"""What a round publishes, what the server keeps of it, and how many bytes it is for whom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedtower.core.download import MOST_MESSAGES, joined, kept, parted, publish
+from fedtower.core.draws import Draws
+from fedtower.core.errors import RecipeError, UpdateError
+from fedtower.core.plan import LocalSettings, Plan
+from fedtower.core.publication import Publication
+from fedtower.core.recipe import check, parse_recipe
+from fedtower.core.registry import discover
+from fedtower.core.testing import examples
+from fedtower.core.testing.promises import assert_same_bits
+from fedtower.plugins.downloads.quantize import Quantize
+from fedtower.plugins.downloads.selective import Selective
+
+DRAWS = Draws(5)
+SIZE = 1000
+REGISTRY = discover()
+
+
+def server(round: int) -> dict[str, Any]:
+    """What the server has in a round."""
+    return {"w": DRAWS.normal("w", round, np.arange(SIZE)).astype(np.float32), "b": np.float32([round])}
+
+
+def plans(download: Any, rounds: int, state: Mapping[str, Any] | None = None, first: int = 1) -> list[Plan]:
+    """The plans of some rounds, each published on what was kept of the one before."""
+    made = []
+    state = state or {}
+    for round in range(first, rounds + 1):
+        parameters, publication = publish(download, round, server(round), state, DRAWS)
+        made.append(Plan(round, parameters, LocalSettings(steps=1), publication=publication))
+        state = kept(made[-1])
+    return made
+
+
+def test_the_first_publication_of_differences_is_of_all_there_is() -> None:
+    (plan,) = plans(Selective(0.1), 1)
+    assert_same_bits(dict(plan.parameters), server(1))
+    assert plan.bytes_down(np.array([0])).tolist() == [4 * SIZE + 4]
+
+
+def test_who_has_the_last_needs_one_message_and_who_has_an_older_those_since() -> None:
+    *_, plan = plans(Selective(0.05), 6)
+    assert plan.publication is not None
+    sizes = plan.publication.sizes
+    assert len(sizes) == 5, "one a round, from the second on"
+    assert plan.bytes_down(np.array([0, 1, 4, 5, 6])).tolist() == [
+        4 * SIZE + 4,
+        sum(sizes),
+        sizes[3] + sizes[4],
+        sizes[4],
+        0,
+    ]
+
+
+def test_a_device_that_decodes_the_messages_has_the_bits_of_the_plan() -> None:
+    download = Selective(0.05)
+    first, *_, last = plans(download, 6)
+    assert last.publication is not None
+    held = dict(first.parameters)
+    for data in last.publication.messages:
+        coded = parted(data, list(held))
+        held = {name: download.decode(coded[name], value.shape, value) for name, value in held.items()}
+    assert_same_bits(held, dict(last.parameters))
+
+
+def test_differences_that_are_more_bytes_than_all_there_is_are_forgotten() -> None:
+    *_, plan = plans(Selective(0.3), 8)  # 1,000 entries in 4,004 bytes: 301 of them are some 1,300
+    assert plan.publication is not None
+    assert len(plan.publication.sizes) == 2 or sum(plan.publication.sizes) < 4 * SIZE + 4
+    assert plan.bytes_down(np.array([1])).tolist() == [4 * SIZE + 4]
+    *_, whole = plans(Selective(1.0), 3)
+    assert_same_bits(dict(whole.parameters), server(3))
+    assert whole.bytes_down(np.array([2])).tolist() == [4 * SIZE + 4], "a message of everything is longer"
+
+
+def test_no_plan_names_more_messages_than_may_be() -> None:
+    *_, plan = plans(Selective(0.001), MOST_MESSAGES + 5)
+    assert plan.publication is not None
+    assert len(plan.publication.sizes) == MOST_MESSAGES
+
+
+def test_it_goes_on_from_what_was_kept_with_the_same_bits() -> None:
+    whole = plans(Selective(0.05), 6)
+    saved = {name: np.array(value) for name, value in kept(whole[2]).items()}
+    reverse = dict(reversed(list(saved.items())))  # as a checkpoint may give it back
+    assert_same_bits(plans(Selective(0.05), 6, reverse, first=4), whole[3:])
+
+
+def test_what_needs_nothing_before_it_keeps_nothing_and_is_the_same_for_everybody() -> None:
+    first, second = plans(Quantize(8), 2)
+    assert kept(second) == {}
+    size = (4 + 2 * 4 + SIZE) + (4 + 4 + 1)  # a length, scales and codes each
+    assert second.bytes_down(np.array([0, 1, 2])).tolist() == [size] * 3
+    assert not np.array_equal(first.parameters["w"], server(1)["w"])
+
+
+def test_a_message_that_is_no_shorter_is_not_sent() -> None:
+    parameters, publication = publish(Quantize(8), 1, {"b": np.float32([3])}, {}, DRAWS)
+    assert publication.sizes == ()
+    assert Plan(1, parameters, LocalSettings(steps=1), publication=publication).bytes_down(np.array([0])) == [4]
+
+
+def test_who_is_ahead_takes_everything() -> None:
+    assert Publication(3, (10,), differences=True).needed(4) is None, "of a run that went back to a checkpoint"
+
+
+def test_messages_are_joined_in_the_order_of_their_names() -> None:
+    coded = {"b": np.array([7], dtype=np.uint8), "a": np.zeros(0, dtype=np.uint8)}
+    data = joined(coded)
+    assert data == bytes([0, 0, 0, 0, 1, 0, 0, 0, 7])
+    assert_same_bits(parted(data, ["b", "a"]), coded)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "ends before its message of 'a'"),
+        (bytes([0, 0, 0, 0, 2, 0, 0, 0, 7]), "ends before its message of 'b'"),
+        (bytes([255, 255, 255, 255, 1, 0, 0, 0, 7]), "ends before its message of 'a'"),
+        (bytes([0, 0, 0, 0, 1, 0, 0, 0, 7, 7]), "1 bytes after the last"),
+    ],
+)
+def test_bytes_that_are_no_publication_are_refused(data: bytes, said: str) -> None:
+    with pytest.raises(UpdateError, match=said):
+        parted(data, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"mode": "standalone"}, 'nothing goes down with mode = "standalone"'),
+        ({"asynchronous": {"buffer": 2, "concurrency": 4}, "transport": {"name": "virtual_clock"}}, "several versions at once"),
+        ({"local": {"steps": 1, "control": "scaffold"}}, "'scaffold' reckons with deltas"),
+    ],
+)
+@pytest.mark.parametrize("name", ["quantize", "selective"])
+def test_what_cannot_be_had_with_it_is_refused_in_words(name: str, values: dict[str, Any], said: str) -> None:
+    recipe = {**examples.recipe().to_dict(), "download": {"name": name}}
+    check(parse_recipe(recipe), REGISTRY)
+    with pytest.raises(RecipeError, match=said):
+        check(parse_recipe({**recipe, **values}), REGISTRY)
