@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fedtower.core.client import ClientSide
+from fedtower.core.cohort import Cohort
 from fedtower.core.download import MOST_MESSAGES, joined, kept, parted, publish
 from fedtower.core.draws import Draws
 from fedtower.core.errors import RecipeError, UpdateError
-from fedtower.core.plan import LocalSettings, Plan
+from fedtower.core.hooks import Hooks
+from fedtower.core.plan import LocalSettings, Plan, RowSettings
 from fedtower.core.publication import Publication
 from fedtower.core.recipe import check, parse_recipe
 from fedtower.core.registry import discover
+from fedtower.core.round import Parts, make_plan, run_round
+from fedtower.core.runtime import Work, as_updates
+from fedtower.core.server import Schedule, ServerState
+from fedtower.core.store import ClientStore
 from fedtower.core.testing import examples
 from fedtower.core.testing.promises import assert_same_bits
+from fedtower.core.updates import Updates
+from fedtower.plugins.aggregators.fedavg import FedAvg
 from fedtower.plugins.downloads.quantize import Quantize
 from fedtower.plugins.downloads.selective import Selective
+from fedtower.plugins.server_optimizers.sgd import SGD
+from fedtower.plugins.transports.in_process import InProcess
 
 DRAWS = Draws(5)
 SIZE = 1000
@@ -138,7 +150,10 @@ def test_bytes_that_are_no_publication_are_refused(data: bytes, said: str) -> No
     ("values", "said"),
     [
         ({"mode": "standalone"}, 'nothing goes down with mode = "standalone"'),
-        ({"asynchronous": {"buffer": 2, "concurrency": 4}, "transport": {"name": "virtual_clock"}}, "several versions at once"),
+        (
+            {"asynchronous": {"buffer": 2, "concurrency": 4}, "transport": {"name": "virtual_clock"}},
+            "several versions at once",
+        ),
         ({"local": {"steps": 1, "control": "scaffold"}}, "'scaffold' reckons with deltas"),
     ],
 )
@@ -148,3 +163,90 @@ def test_what_cannot_be_had_with_it_is_refused_in_words(name: str, values: dict[
     check(parse_recipe(recipe), REGISTRY)
     with pytest.raises(RecipeError, match=said):
         check(parse_recipe({**recipe, **values}), REGISTRY)
+
+
+class Anything:
+    """One example a client."""
+
+    def work(self, plan: Plan, clients: Any) -> Work:
+        one = np.ones_like(clients)
+        return Work(clients, one, one, inputs={})
+
+
+class ToTarget:
+    """A visit leads from wherever it begins to what the client wants: its number, but for the first two entries."""
+
+    def train(self, plan: Plan, work: Work) -> tuple[Updates, Mapping[str, Any]]:
+        wanted = np.repeat(work.clients[:, None].astype(np.float32), SIZE, axis=1)
+        wanted[:, 0], wanted[:, 1] = 100, 10 * work.clients
+        return as_updates(plan, work, {"w": wanted}, {}, losses=np.ones(len(work))), {}
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """Clients 1 and 2, and in round 2 client 1 alone; in round 3 nobody."""
+
+    def sample(self, round: int, population: int, draws: Draws) -> Cohort:
+        clients = {2: [1], 3: []}.get(round, [1, 2])
+        return Cohort(round, np.array(clients, dtype=np.int64), population)
+
+
+def a_run(download: Any) -> tuple[Parts, ServerState]:
+    hooks, store = Hooks.none(pytest.fail), ClientStore(3)
+    side = ClientSide(Anything(), ToTarget(), None, [], store, hooks, DRAWS)
+    parts = Parts(
+        population=3,
+        rounds=9,
+        sampler=InTurn(),
+        transport=InProcess(),
+        client=side,
+        transforms=[],
+        aggregator=FedAvg(),
+        optimizer=SGD(),
+        store=None,
+        local=LocalSettings(steps=1),
+        rows=RowSettings(),
+        lr=1.0,
+        schedule=Schedule("none", to=1.0, rounds=9),
+        hooks=hooks,
+        draws=DRAWS,
+        clock=lambda: 0.0,
+        download=download,
+    )
+    state = ServerState(0, {"w": np.zeros(SIZE, dtype=np.float32)})
+    side.declare(make_plan(state, parts))
+    return parts, state
+
+
+def test_rounds_by_hand_deltas_are_from_what_was_sent_and_bytes_are_of_what_was_missed() -> None:
+    parts, state = a_run(Selective(1 / SIZE))  # one entry a round
+    message = 4 + 5 + 2 + 1 + 4  # a length, a head, a gap of as many bits as it takes and their number, a value
+    bytes_down, held, server = [], [], []
+    for _ in range(5):
+        plan = make_plan(state, parts)
+        state, report = run_round(state, parts)
+        bytes_down.append(report.bytes_down)
+        held.append(plan.parameters["w"][[0, 1]].tolist())
+        server.append(state.parameters["w"][[0, 1]].tolist())
+    # Everybody begins at 0 and wants (100, 10) or (100, 20). Then (100, 0) is published, and client 1 alone moves the
+    # server by 10 from there. Nobody comes in round 3, but something is published: what is furthest away is entry 1.
+    assert held[:3] == [[0, 0], [100, 0], [100, 25]]
+    assert server[:3] == [[100, 15], [100, 25], [100, 25]]
+    assert bytes_down[0] == 2 * 4 * SIZE
+    assert bytes_down[2] == 0
+    one, two, three = state.download["sizes"][:3].tolist()
+    assert bytes_down[1] == one <= message
+    assert bytes_down[3] == (two + three) + (one + two + three), "of client 1, and of client 2, who was not there"
+    assert state.download["sizes"].tolist() == [one, two, three, state.download["sizes"][3]]
+
+
+def test_a_share_of_one_has_the_bits_and_the_bytes_of_a_run_without() -> None:
+    ends = []
+    for download in (None, Selective(1.0)):
+        parts, state = a_run(download)
+        bytes_down = []
+        for _ in range(5):
+            state, report = run_round(state, parts)
+            bytes_down.append(report.bytes_down)
+        ends.append((dict(state.parameters), bytes_down))
+    assert_same_bits(*ends)

@@ -18,6 +18,7 @@ from fedtower.core.testing.promises import assert_same_bits
 from fedtower.plugins.signers.ed25519.signer import Ed25519Signer, make_key
 from fedtower.plugins.transports.grpc.artefacts import Artefact, decode_parameter, encode_parameter
 from fedtower.plugins.transports.grpc.plans import (
+    Messages,
     PublishedPlan,
     RowSource,
     decode_plan,
@@ -60,6 +61,10 @@ plans = st.builds(
     transforms=st.lists(st.builds(Part, names, settings), max_size=2).map(tuple),
     norm_bound=st.floats(0, 1e6),
     evaluation=settings,
+    messages=st.none()
+    | st.builds(
+        Messages, download=st.builds(Part, names, settings), round=numbers, differences=st.booleans(), artefacts=lists
+    ),
 )
 
 
@@ -170,6 +175,8 @@ BROKEN: dict[str, tuple[Callable[[Any], None], Reason]] = {
     "long": (lambda it: setattr(it, "local_json", " " * 70_000), Reason.TOO_LARGE),
     "bound": (lambda it: setattr(it, "norm_bound", float("nan")), Reason.NOT_FINITE),
     "negative bound": (lambda it: setattr(it, "norm_bound", -1.0), Reason.NOT_FINITE),
+    "messages": (lambda it: it.publication.messages.extend([it.bundle] * 65), Reason.TOO_LARGE),
+    "download": (lambda it: it.publication.messages.append(it.bundle), Reason.WRONG_NAMES),
     "files": (lambda it: it.files.extend([it.bundle] * 257), Reason.TOO_LARGE),
     "parameters": (lambda it: it.parameters.extend([it.bundle] * 4_096), Reason.TOO_LARGE),
     "rows": (lambda it: it.rows.extend([pb.RowSource()] * 257), Reason.TOO_LARGE),
