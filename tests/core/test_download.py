@@ -121,7 +121,8 @@ def test_a_message_that_is_no_shorter_is_not_sent() -> None:
     assert Plan(1, parameters, LocalSettings(steps=1), publication=publication).bytes_down(np.array([0])) == [4]
 
 
-def test_who_is_ahead_takes_everything() -> None:
+def test_who_is_ahead_or_has_nothing_takes_everything() -> None:
+    assert Publication(2, (10, 20), differences=True).needed(0) is None
     assert Publication(3, (10,), differences=True).needed(4) is None, "of a run that went back to a checkpoint"
 
 

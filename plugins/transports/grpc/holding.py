@@ -83,7 +83,7 @@ def come_by(
     if unknown := sorted({each.name for each in plan.parameters} - set(shapes)):
         raise Refused(Reason.WRONG_NAMES, f"round {plan.round} has the parameters {unknown}, which the bundle has not")
     needed = messages.publication.needed(held.round if held.run == plan.run else 0)
-    if not needed or all(fetch.cache.find(each) for each in plan.parameters):
+    if not needed:
         return
     before = _held(held, fetch.cache, shapes) if messages.differences else {}
     if before is None:

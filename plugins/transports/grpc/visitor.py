@@ -260,16 +260,13 @@ class Visitor:
     def _parameters(self, leased: Leased, plan: PublishedPlan, bundle: Bundle) -> Mapping[str, FloatArray]:
         """The shared parameters, in the order of the bundle; those that did not change are here already."""
         held = Holding.read(self.folder / "held.json")
-        keep = [*(each.digest for each in (*plan.artefacts, *held.parameters))]
+        keep = [each.digest for each in (*plan.artefacts, *held.parameters)]
         self._cache.keep_only([leased.plan.artefact.digest, *keep])
+        fetch = Fetching(self._cache, self.caller, leased.lease, keep)
         if plan.messages is not None:
-            fetch = Fetching(self._cache, self.caller, leased.lease, keep)
             come_by(plan, plan.messages, held, fetch, self.registry, bundle.manifest.parameters)
-        self._cache.gather(plan.parameters, lambda several: self.caller.fetch_together(leased.lease, several))
-        fetched = {
-            each.name: decode_parameter(each, self._fetched(leased, each, keep).read_bytes())
-            for each in plan.parameters
-        }
+        came = zip(plan.parameters, fetch.all(plan.parameters), strict=True)
+        fetched = {each.name: decode_parameter(each, data) for each, data in came}
         if plan.messages is not None and plan.messages.differences:
             Holding(plan.run, plan.messages.round, plan.parameters).write(self.folder / "held.json")
         return {name: fetched[name] for name in bundle.manifest.parameters if name in fetched} | fetched

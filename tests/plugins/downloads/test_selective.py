@@ -55,6 +55,12 @@ def test_what_is_held_comes_to_what_stands_still_and_no_step_leads_away(size: in
     assert all(np.array_equal(wanted[name], held[name]) for name in wanted), "to the last bit"
 
 
+def test_which_of_equals_goes_down_does_not_depend_on_the_order_of_names() -> None:
+    wanted, held = of([1.0], [1.0]), of([0.0], [0.0])
+    other = [{name: each[name] for name in ("a", "b")} for each in (wanted, held)]
+    assert after(0.5, wanted, held) == after(0.5, other[0], other[1])
+
+
 def test_a_share_of_one_is_what_is_wanted_at_once() -> None:
     draws = Draws(3)
     wanted, held = (of(draws.normal(name, np.arange(50)), [1.0]) for name in "xy")

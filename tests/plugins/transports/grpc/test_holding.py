@@ -196,6 +196,7 @@ def test_quantised_parameters_take_as_many_bytes_as_are_counted(tmp_path: Path, 
         got, sent = device.visit(plan)
         assert_same_bits(got, dict(server.made[-1].parameters))
         assert sent == counted(server, 0) == (4 + 2 * 4 + 500) + (4 + 4 + 2)
+        assert device.visit(plan)[1] == 0, "it has them already"
     assert not (device.folder / "held.json").exists()
 
 
