@@ -23,6 +23,7 @@ from fedtower.core.testing import examples
 from fedtower.core.testing.aggregator import AggregatorPromises
 from fedtower.core.testing.command import CommandPromises
 from fedtower.core.testing.deadline import DeadlinePromises
+from fedtower.core.testing.download import DownloadPromises
 from fedtower.core.testing.observer import ObserverPromises
 from fedtower.core.testing.recipe import RecipePromises
 from fedtower.core.testing.sampler import SamplerPromises
@@ -32,6 +33,7 @@ from fedtower.core.testing.transport import TransportPromises
 from fedtower.core.updates import Updates, stack
 from fedtower.plugins.aggregators.fedavg import FedAvg
 from fedtower.plugins.deadlines.adaptive import Adaptive
+from fedtower.plugins.downloads.quantize import Quantize
 from fedtower.plugins.datasets.synthetic import Synthetic, SyntheticPopulation
 from fedtower.plugins.models.dssm.model import DSSM, UserTower
 from fedtower.plugins.runtimes.torch_loop.runtime import Loop, TorchLoop
@@ -525,6 +527,62 @@ MUTANTS = {
                 return updates
         """,
         {"nothing_is_written_into_what_it_is_given", "the_same_seed_gives_the_same_bits"},
+    ),
+    # download
+    "Flat(DownloadPromises)": (
+        """
+        class make(Quantize):
+            def decode(self, message, shape, held): return super().decode(message, shape, held).reshape(-1)
+        """,
+        {"every_parameter_has_a_message_and_keeps_its_shape"},
+    ),
+    "Opposite(DownloadPromises)": (
+        """
+        class make(Quantize):
+            def decode(self, message, shape, held): return -super().decode(message, shape, held)
+        """,
+        {"devices_come_no_further_away"},
+    ),
+    "Positional(DownloadPromises)": (
+        """
+        class make(Quantize):
+            def encode(self, wanted, held, round, draws):
+                return {name: Quantize().encode({name: value}, held, place, draws)[name]
+                        for place, (name, value) in enumerate(wanted.items())}
+        """,
+        {"the_same_draws_give_the_same_bytes_in_any_order_of_names_and_inputs_are_left_alone"},
+    ),
+    "Relative(DownloadPromises)": (
+        """
+        class make(Quantize):
+            def decode(self, message, shape, held):
+                value = super().decode(message, shape, held)
+                with np.errstate(all="ignore"):
+                    return value * (np.abs(value).max() / np.abs(value).max())
+        """,
+        {"parameters_that_stand_still_stay_finite"},
+    ),
+    "Unchecked(DownloadPromises)": (
+        """
+        class make(Quantize):
+            def decode(self, message, shape, held):
+                return np.frombuffer(message[4:].tobytes(), np.int8).astype(np.float32).reshape(shape)
+        """,
+        {
+            "bytes_that_were_cut_or_added_are_refused",
+            "a_shape_that_the_bytes_do_not_fill_is_refused_before_room_is_made",
+        },
+    ),
+    "Lenient(DownloadPromises)": (
+        """
+        def make():
+            class D(Quantize):
+                def decode(self, message, shape, held):
+                    try: return super().decode(message, shape, held)
+                    except UpdateError: return np.zeros(1, np.float32)
+            return D(4)
+        """,
+        {"bytes_that_nobody_sent_are_refused_or_have_the_right_shape"},
     ),
 }
 

@@ -85,6 +85,7 @@ def test_a_run_uses_one_of_every_kind(packages: tuple[Environment, Path], tmp_pa
         *("-o", "model.name=my_model", "-o", "runtime.name=my_runtime", "-o", "transforms.0.name=my_transform"),
         *("-o", "cohort.name=my_sampler", "-o", "cohort.size=6", "-o", "aggregator.name=my_aggregator"),
         *("-o", "server.optimizer=my_server_optimizer", "-o", "transport.name=my_transport"),
+        *("-o", "download.name=my_download"),
         *("-o", "deadline.name=my_deadline", "-o", "attack.name=my_attack", "-o", "attack.share=0.2"),
         *("-o", "trackers.0.name=my_tracker", "-o", "index.name=my_index"),
         folder=tmp_path,
