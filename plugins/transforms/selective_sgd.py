@@ -1,7 +1,7 @@
 """Selective SGD: a client shares a part of its gradient, the largest entries or random ones, each cut to a range.
 
 Shokri and Shmatikov, 2015, https://doi.org/10.1145/2810103.2813687, section 5 and figure 5, without its noise. Their
-download of a part of the parameters is not here: a plan sends all of them.
+download of a part of the parameters is ``[download]`` with the part ``selective``.
 """
 
 from __future__ import annotations
