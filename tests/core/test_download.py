@@ -39,7 +39,7 @@ REGISTRY = discover()
 
 def server(round: int) -> dict[str, Any]:
     """What the server has in a round."""
-    return {"w": DRAWS.normal("w", round, np.arange(SIZE)).astype(np.float32), "b": np.float32([round])}
+    return {"w": DRAWS.normal("w", round, np.arange(SIZE)).astype(np.float32), "b": np.full(1, round, dtype=np.float32)}
 
 
 def plans(download: Any, rounds: int, state: Mapping[str, Any] | None = None, first: int = 1) -> list[Plan]:
@@ -116,7 +116,7 @@ def test_what_needs_nothing_before_it_keeps_nothing_and_is_the_same_for_everybod
 
 
 def test_a_message_that_is_no_shorter_is_not_sent() -> None:
-    parameters, publication = publish(Quantize(8), 1, {"b": np.float32([3])}, {}, DRAWS)
+    parameters, publication = publish(Quantize(8), 1, {"b": np.full(1, 3, dtype=np.float32)}, {}, DRAWS)
     assert publication.sizes == ()
     assert Plan(1, parameters, LocalSettings(steps=1), publication=publication).bytes_down(np.array([0])) == [4]
 

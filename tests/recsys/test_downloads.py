@@ -60,12 +60,16 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits_and_bytes(
     assert bytes_down(stopped) == bytes_down(straight)
 
 
-def test_a_share_of_one_is_a_run_without(tmp_path: Path, small: Mapping[str, Any], federated_run: Run) -> None:
+def test_a_share_of_one_is_a_run_without_to_the_last_bit(
+    tmp_path: Path, small: Mapping[str, Any], federated_run: Run
+) -> None:
     run = fedtower.run("dssm-synthetic", {**small, "download.name": "selective", "download.share": 1.0}, runs=tmp_path)
     ours, theirs = state(run), state(federated_run)
     assert set(ours) - set(theirs) == {name for name in ours if "download" in name}
     assert_same_bits({name: ours[name] for name in theirs}, theirs)
-    assert bytes_down(run) == bytes_down(federated_run)
+    # What stands still for a round, a dead unit's weights, does not even then go down again.
+    assert all(mine <= yours for mine, yours in zip(bytes_down(run), bytes_down(federated_run), strict=True))
+    assert bytes_down(run)[0] == bytes_down(federated_run)[0]
 
 
 @pytest.mark.parametrize("download", [SELECTIVE, QUANTIZE], ids=["selective", "quantize"])
@@ -82,7 +86,7 @@ def test_the_servers_own_parameters_are_judged_and_what_stays_on_devices_is_not_
 
 
 def test_a_visit_is_known_to_cost_what_it_turns_out_to(setting_of: Callable[..., Setting]) -> None:
-    setting = setting_of({**SELECTIVE, "rounds": 3, "transforms": []})
+    setting = setting_of({**SELECTIVE, "rounds": 3})
     training = Federated(setting)
     for _ in training.rounds():
         pass
