@@ -250,4 +250,4 @@ def test_a_share_of_one_has_the_bits_and_the_bytes_of_a_run_without() -> None:
             state, report = run_round(state, parts)
             bytes_down.append(report.bytes_down)
         ends.append((dict(state.parameters), bytes_down))
-    assert_same_bits(*ends)
+    assert_same_bits(ends[0], ends[1])
