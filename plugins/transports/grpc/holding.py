@@ -33,12 +33,12 @@ class Holding:
     parameters: tuple[Artefact, ...] = ()
 
     @classmethod
-    def read(cls, path: Path) -> Holding:
-        """What a device wrote down; nothing, if it did not, or the file is damaged: it then fetches more."""
+    def read(cls, path: Path, run: str) -> Holding:
+        """What a device wrote down of a run; nothing, if it did not, or the file is damaged: it then fetches more."""
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
             parameters = (Artefact(name, bytes.fromhex(digest), size) for name, digest, size in held["parameters"])
-            return cls(str(held["run"]), int(held["round"]), tuple(parameters))
+            return cls(run, int(held["round"]), tuple(parameters)) if held["run"] == run else cls()
         except (OSError, ValueError, KeyError, TypeError):
             return cls()
 
@@ -82,7 +82,7 @@ def come_by(
     """
     if unknown := sorted({each.name for each in plan.parameters} - set(shapes)):
         raise Refused(Reason.WRONG_NAMES, f"round {plan.round} has the parameters {unknown}, which the bundle has not")
-    needed = messages.publication.needed(held.round if held.run == plan.run else 0)
+    needed = messages.publication.needed(held.round)
     if not needed:
         return
     before = _held(held, fetch.cache, shapes) if messages.differences else {}

@@ -259,7 +259,7 @@ class Visitor:
 
     def _parameters(self, leased: Leased, plan: PublishedPlan, bundle: Bundle) -> Mapping[str, FloatArray]:
         """The shared parameters, in the order of the bundle; those that did not change are here already."""
-        held = Holding.read(self.folder / "held.json")
+        held = Holding() if plan.messages is None else Holding.read(self.folder / "held.json", plan.run)
         keep = [each.digest for each in (*plan.artefacts, *held.parameters)]
         self._cache.keep_only([leased.plan.artefact.digest, *keep])
         fetch = Fetching(self._cache, self.caller, leased.lease, keep)

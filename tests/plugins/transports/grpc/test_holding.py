@@ -89,7 +89,7 @@ class Device:
     server: Server
 
     def visit(self, plan: PublishedPlan) -> tuple[dict[str, Any], int]:
-        held, cache = Holding.read(self.folder / "held.json"), ArtefactCache(self.folder / "cache")
+        held, cache = Holding.read(self.folder / "held.json", plan.run), ArtefactCache(self.folder / "cache")
         line: Any = Line(ArtefactStore(self.server.folder / "artefacts"))
         keep = [each.digest for each in (*plan.artefacts, *held.parameters)]
         cache.keep_only(keep)
