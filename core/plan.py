@@ -55,7 +55,8 @@ class LocalSettings:
         default=0,
         metadata={
             "help": "FedRep: so many of a visit's epochs (or steps) come first and train what is on the device alone; "
-            "those after them train the rest alone. 0: all train both"
+            "those after them train the rest alone, and so does the step of a client with a single batch: its head "
+            "stays as it was. 0: all train both"
         },
     )
     ditto: float | None = field(

@@ -141,8 +141,8 @@ class EvaluationSettings:
     personal: bool = field(
         default=False,
         metadata={
-            "help": "simulated: each client trains a visit on its own data before it judges, for itself alone; with "
-            "local.ditto it judges the copy that it keeps"
+            "help": "each client trains a visit on its own data before it judges, for itself alone; with local.ditto "
+            "it judges the copy that it keeps"
         },
     )
     batch_size: int = field(default=512, metadata={"help": "users scored at a time; it changes no figure"})

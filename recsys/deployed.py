@@ -23,8 +23,11 @@ from fedtower.core.signing import Signer
 from fedtower.recsys.bundle import Bundle
 from fedtower.recsys.evaluation import Evaluation, Role
 from fedtower.recsys.export import Subject, export_model, recipe_digest, visit_of
+from fedtower.recsys.labels_told import OF_OWN_CLASSES
 from fedtower.recsys.line import DeployedTransport, Line, Opening
+from fedtower.recsys.own_model import is_own
 from fedtower.recsys.run_folder import Federation, RunFolder
+from fedtower.recsys.tasks import Labelled, whose_models
 from fedtower.recsys.training import Federated, Setting, rounds_of
 
 IntArray = NDArray[np.int64]
@@ -67,6 +70,7 @@ class Deployed(Federated):
             "protocol": recipe.evaluation.protocol,
             "negatives": recipe.evaluation.negatives,
             "k": list(recipe.evaluation.k),
+            **({"personal": True} if recipe.evaluation.personal else {}),
         }
         self.line = transport.open(
             Opening(
@@ -106,13 +110,11 @@ class Deployed(Federated):
 
     def judge(self, role: Role, round: int) -> Evaluation:
         """What the devices say of the model as it stands, each of its own held-out items."""
-        plan = replace(make_plan(self._state, self._parts), round=round)
-        sums = self.line.judged(plan, role)
+        plan = make_plan(self._state, self._parts)
+        sums = self.line.judged(replace(plan, round=round), role, plan.round if self._tunes else None)
         figures = {name: total / count for name, (total, count) in sums.items() if count}
-        settings = self._setting.recipe.evaluation
-        label = "on devices, " + ("full ranking" if settings.protocol == "full" else f"{settings.negatives} negatives")
         cases = max((count for _, count in sums.values()), default=0)
-        return Evaluation(role, label, figures, cases=cases, users=cases)
+        return Evaluation(role, f"on devices, {self._protocol}", figures, cases=cases, users=cases)
 
     def saved(self, round: int) -> None:
         """A checkpoint holds the state after a round: what led to it may go."""
@@ -125,6 +127,23 @@ class Deployed(Federated):
     def close(self) -> None:
         """Let go of what is open."""
         self.line.close()
+
+    @property
+    def _tunes(self) -> bool:
+        """Whether devices make a visit for themselves before they judge."""
+        recipe = self._setting.recipe
+        return recipe.evaluation.personal and recipe.local.ditto is None
+
+    @property
+    def _protocol(self) -> str:
+        """What devices do with what they hold out, and with whose models."""
+        recipe, task = self._setting.recipe, self._setting.task
+        personal, settings = recipe.evaluation.personal, recipe.evaluation
+        if isinstance(task, Labelled):
+            has_own = personal or any(map(is_own, self._model.declared.on_device))
+            return OF_OWN_CLASSES if has_own and task.examples.num_classes else "held-out examples"
+        ranking = "full ranking" if settings.protocol == "full" else f"{settings.negatives} negatives"
+        return f"{ranking}, {whose_models(recipe)}" if personal else ranking
 
     def _bundle(self, place: Path) -> Bundle:
         """The bundle of the model as it was at first, exported once: its graphs are those of all rounds."""

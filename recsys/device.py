@@ -197,7 +197,8 @@ class BundleScorer:
     ) -> FloatArray:
         """How well each candidate suits a user, (n,), from the rows of her history, oldest first.
 
-        ``own`` are the parameters that the device keeps; without them they are as they were before its first visit.
+        ``own`` are the parameters that the device has for itself; without them those that it keeps are as they were
+        before its first visit.
 
         Shape:
             history ``(t, W)``, the newest are used; user ``(F,)``; candidates ``(n, W)``
@@ -233,14 +234,20 @@ class BundleScorer:
             out.append(scored["scores", "scores"][: len(part)])
         return np.concatenate(out) if out else np.zeros(0, dtype=np.float32)
 
-    def logits(self, slots: Mapping[str, FloatArray], inputs: Mapping[str, Array]) -> FloatArray:
-        """The logits of one batch of examples, padded to the batch size of the bundle.
+    def logits(
+        self,
+        slots: Mapping[str, FloatArray],
+        inputs: Mapping[str, Array],
+        own: Mapping[str, FloatArray] | None = None,
+    ) -> FloatArray:
+        """The logits of one batch of examples, padded to the batch size of the bundle; ``own`` as in :meth:`score`.
 
         Raises:
             InputError: a shape or a value that does not fit.
         """
         values: dict[tuple[str, str], Array] = {
             **self._parameters,
+            **{("parameter", name): value for name, value in (own or {}).items()},
             **{("slot", name): value for name, value in slots.items()},
             **{("input", name): value for name, value in inputs.items()},
         }

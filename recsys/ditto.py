@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TypeVar
 
 from torch import Tensor
 from torch.func import grad
@@ -19,12 +18,9 @@ from fedtower.core.errors import RecipeError
 from fedtower.core.plan import LocalSettings
 from fedtower.recsys.beside import beside
 from fedtower.recsys.models import Declared
+from fedtower.recsys.own_model import PERSONAL, own_view
 
 Tensors = Mapping[str, Tensor]
-V = TypeVar("V")
-
-PERSONAL = "personal."
-"""Before the name of a shared parameter: the client's own copy of it."""
 
 
 def with_copies(declared: Declared, local: LocalSettings) -> Declared:
@@ -48,20 +44,11 @@ def with_copies(declared: Declared, local: LocalSettings) -> Declared:
     return replace(declared, shared=tower, on_device=tuple(PERSONAL + name for name in shared))
 
 
-def own_view(states: Mapping[str, V]) -> dict[str, V]:
-    """What a client keeps as the parameters of its model: each copy under the name of what it is a copy of.
-
-    >>> own_view({"personal.out.weight": 1})
-    {'out.weight': 1}
-    """
-    return {name.removeprefix(PERSONAL): value for name, value in states.items() if name.startswith(PERSONAL)}
-
-
 def slopes_of_copies(loss: Callable[[Tensors], Tensor], parameters: Tensors, start: Tensors, pull: float) -> Tensors:
     """The gradient of each personal copy among ``parameters``, ``grad loss(v) + pull (v - start)``.
 
     ``loss`` takes all parameters of a model; ``start[name]`` is the shared one as it was sent.
     """
-    copies = {name.removeprefix(PERSONAL): value for name, value in parameters.items() if name.startswith(PERSONAL)}
+    copies = own_view(parameters)
     slopes = grad(lambda mine: loss({**parameters, **mine}))(copies)
     return {PERSONAL + name: slopes[name] + pull * (value - start[name]) for name, value in copies.items()}

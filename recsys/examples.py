@@ -113,6 +113,14 @@ class ExampleSet(Protocol):
         """The held-out examples, as one client's; they belong to nobody who trains."""
 
 
+@runtime_checkable
+class HeldOutByClients(Protocol):
+    """A set of examples of which each client holds some out itself."""
+
+    def held_out_by(self, client: int, role: Literal["validation", "test"]) -> Examples:
+        """What this client holds out, as one client's."""
+
+
 @dataclass(frozen=True, eq=False)
 class ExampleTable:
     """A set of examples in memory.

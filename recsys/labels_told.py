@@ -1,9 +1,10 @@
 """Labels told: a model's logits of held-out examples, and what clients with models of their own make of them.
 
-Held-out examples belong to nobody who trains. Where every client has a model of its own, each is judged on those of the
-classes that it trains on, as often as it has them: the distribution of its own data, as in the experiments of FedPer
-(Arivazhagan et al., 2019, https://arxiv.org/abs/1912.00818) and FedRep (Collins et al., 2021,
-https://arxiv.org/abs/2102.07078), whose clients hold examples out themselves.
+Held-out examples belong to nobody who trains, but where data lies in shards: devices judge those that they were dealt.
+Where every client has a model of its own, each is judged on those of the classes that it trains on, as often as it has
+them: the distribution of its own data, as in the experiments of FedPer (Arivazhagan et al., 2019,
+https://arxiv.org/abs/1912.00818) and FedRep (Collins et al., 2021, https://arxiv.org/abs/2102.07078), whose clients
+hold examples out themselves.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedtower.core.control import is_variate
 from fedtower.recsys import metrics
-from fedtower.recsys.ditto import PERSONAL
 from fedtower.recsys.evaluation import Evaluation, Role
-from fedtower.recsys.examples import Examples, ExampleSet
+from fedtower.recsys.examples import Examples, ExampleSet, HeldOutByClients
 from fedtower.recsys.learned import Learned
+from fedtower.recsys.own_model import is_own
 from fedtower.recsys.step import pure
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
 Tensors = Mapping[str, Tensor]
+
+OF_OWN_CLASSES = "held-out examples of each client's classes"
 
 
 def logits_of(learned: Learned, parameters: Tensors, held: Examples, at: IntArray, batch_size: int) -> FloatArray:
@@ -46,36 +48,30 @@ def logits_of(learned: Learned, parameters: Tensors, held: Examples, at: IntArra
 
 def has_own(learned: Learned) -> bool:
     """Whether clients are to be judged with models that differ."""
-    mine = [name for name in learned.declared.on_device if not is_variate(name) and not name.startswith(PERSONAL)]
-    return bool(mine) or learned.tuned is not None
+    return any(map(is_own, learned.declared.on_device)) or learned.tuned is not None
 
 
 def by_own_classes(learned: Learned, examples: ExampleSet, role: Role, batch_size: int) -> Evaluation:
-    """The mean over clients of each one's figures, on held-out examples of the classes that it trains on.
+    """The mean over clients of each one's figures, on held-out examples of the classes that it trains on: of its own
+    ones, where clients hold examples out themselves.
 
     A class counts by its share of the client's own examples, and every client alike that has some.
 
     An example is a case once for every client that it is shown to.
     """
-    held = examples.held_out(role)
-    of_class = [np.flatnonzero(held.labels == label) for label in range(examples.num_classes)]
-    there = np.array([len(at) > 0 for at in of_class])
+    of_all = examples.held_out(role)
     figures, cases = [], 0
     for client in range(examples.num_clients):
-        mine = examples.examples(np.array([client])).labels.astype(np.int64)
-        shares = np.where(there, np.bincount(mine, minlength=examples.num_classes), 0.0)
-        classes = np.flatnonzero(shares)
-        if not len(classes):
+        held = examples.held_out_by(client, role) if isinstance(examples, HeldOutByClients) else of_all
+        known = examples.examples(np.array([client])).labels
+        at = np.flatnonzero(np.isin(held.labels, known))
+        if not len(at):
             continue
-        at = np.concatenate([of_class[label] for label in classes])
         told = logits_of(learned, _model_of(learned, client), held, at, batch_size)
-        labels = held.labels[at].astype(np.int64)
-        each = [metrics.of_classes(told[labels == label], labels[labels == label]) for label in classes]
-        weights = shares[classes] / shares.sum()
-        figures.append({name: float(np.dot(weights, [one[name] for one in each])) for name in each[0]})
+        figures.append(metrics.of_known_classes(told, held.labels[at], known))
         cases += len(at)
     means = {name: float(np.mean([one[name] for one in figures])) for name in figures[0]} if figures else {}
-    return Evaluation(role, "held-out examples of each client's classes", means, cases=cases, users=len(figures))
+    return Evaluation(role, OF_OWN_CLASSES, means, cases=cases, users=len(figures))
 
 
 def _model_of(learned: Learned, client: int) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,9 +15,7 @@ from torch import Tensor
 from fedtower.core.rows import RowStore
 from fedtower.core.store import ClientStore
 from fedtower.recsys.models import Declared
-
-if TYPE_CHECKING:
-    from fedtower.recsys.personal import Personal
+from fedtower.recsys.own_model import Personal
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]

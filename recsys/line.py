@@ -100,8 +100,11 @@ class Line(Transport, Protocol):
         """The cohort of a round, out of the clients that are there; it waits until there are enough."""
         ...
 
-    def judged(self, plan: Plan, role: Role) -> Mapping[str, MetricSum]:
-        """Sums and counts of metrics over the held-out items of the devices that are there."""
+    def judged(self, plan: Plan, role: Role, visit: int | None = None) -> Mapping[str, MetricSum]:
+        """Sums and counts of metrics over the held-out items of the devices that are there.
+
+        With ``visit`` each of them first tunes the model for itself alone, by what would be its visit in that round.
+        """
         ...
 
     def committed(self, round: int) -> None:

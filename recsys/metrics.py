@@ -254,6 +254,30 @@ def of_classes(logits: NDArray[Any], labels: NDArray[Any]) -> dict[str, float]:
     return {"accuracy": float(np.mean(~outranked)), "logloss": float(np.mean(loss))}
 
 
+def of_known_classes(logits: NDArray[Any], labels: NDArray[Any], known: NDArray[Any]) -> dict[str, float]:
+    """The figures of :func:`of_classes` for somebody whose own examples are of the classes ``known``: those of each
+    class by its share there. Classes of which there is no example here do not count; none, where that leaves none.
+
+    Shape:
+        logits ``(E, K)``, labels ``(E,)``, known ``(n,)``
+
+    >>> told = np.array([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
+    >>> of_known_classes(told, np.array([0, 0, 0]), np.array([0, 1]))["accuracy"]
+    0.6666666666666666
+    >>> of_known_classes(told, np.array([0, 1, 1]), np.array([0, 0, 0, 1]))["accuracy"]
+    0.875
+    """
+    labels = labels.astype(np.int64)
+    there = np.isin(np.arange(logits.shape[1]), labels)
+    shares = np.where(there, np.bincount(known.astype(np.int64), minlength=logits.shape[1]), 0.0)
+    classes = np.flatnonzero(shares)
+    if not len(classes):
+        return {}
+    each = [of_classes(logits[labels == label], labels[labels == label]) for label in classes]
+    weights = shares[classes] / shares.sum()
+    return {name: float(np.dot(weights, [one[name] for one in each])) for name in each[0]}
+
+
 def coverage(top_lists: IntArray, num_items: int) -> float:
     r"""Coverage@K: the share of the catalogue that is in somebody's list of K.
 

@@ -65,20 +65,41 @@ class Held:
         role: Role,
         settings: EvaluationSettings,
     ) -> dict[str, MetricSum]:
-        """Sums of metrics over the device's held-out items of a role, and of how many; nothing if it has none."""
+        """Sums of metrics over the device's held-out items of a role, and of how many; nothing if it has none.
+
+        ``own`` are the parameters that it judges with in place of those that were sent. Of classes, a device that has
+        some is one case, whose figures are those of the classes that it trains on, as often as it has them.
+        """
         data = opened(None, [self.shard])
         if isinstance(data, ShardedExamples):
             held = data.held_out(role)
+            if own and data.num_classes:
+                return self._of_known_classes(scorer, rows, own, data, held)
             if not len(held.labels):
                 return {}
             figures = metrics.of_classes if data.num_classes else metrics.of_clicks
-            means, count = figures(_logits(scorer, rows, held), held.labels), len(held.labels)
+            means, count = figures(_logits(scorer, rows, own, held), held.labels), len(held.labels)
             # An AUC is no mean over examples: that of all devices' examples cannot be told from theirs.
             return {name: MetricSum(mean * count, count) for name, mean in means.items() if name != "AUC"}
         assert rows is not None  # a model of histories has rows of items
         split = self._split(data)
         ranking = ShardScorer(scorer, rows, own, data, split, role)
         return evaluate_sums(ranking, data, split, role, settings, self.draws, self.client)
+
+    def _of_known_classes(
+        self,
+        scorer: BundleScorer,
+        rows: RowReader | None,
+        own: Mapping[str, FloatArray],
+        data: ShardedExamples,
+        held: Examples,
+    ) -> dict[str, MetricSum]:
+        known = data.examples(self.client).labels
+        shown = _chosen(held, np.flatnonzero(np.isin(held.labels, known)))
+        if not len(shown.labels):
+            return {}
+        figures = metrics.of_known_classes(_logits(scorer, rows, own, shown), shown.labels, known)
+        return {name: MetricSum(value, 1) for name, value in figures.items()}
 
     def _split(self, data: ShardedHistories) -> Split:
         return make_split("given", data, validation=True, draws=self.draws)
@@ -121,7 +142,13 @@ class ShardScorer:
         return self.score(clients, cut, everything)
 
 
-def _logits(scorer: BundleScorer, rows: RowReader | None, held: Examples) -> FloatArray:
+def _chosen(held: Examples, at: IntArray) -> Examples:
+    """The examples ``at`` (n,) of one client."""
+    offsets = np.array([0, len(at)], dtype=np.int64)
+    return Examples(held.clients, offsets, held.dense[at], held.categories[at], held.labels[at])
+
+
+def _logits(scorer: BundleScorer, rows: RowReader | None, own: Mapping[str, FloatArray], held: Examples) -> FloatArray:
     """The logits of labelled examples, (E,) or (E, K), in batches of the size that the graph was made for."""
     manifest = scorer.bundle.manifest
     size = manifest.settings.batch_size
@@ -137,6 +164,6 @@ def _logits(scorer: BundleScorer, rows: RowReader | None, held: Examples) -> Flo
             slots = {"category": fetched[where.reshape(held.categories[at].shape)]}
         inputs = {"dense": held.dense[at], "label": held.labels[at], "weight": np.ones(size, dtype=np.float32)}
         used = {port.name for port in manifest.graphs["forward"].inputs if port.role == "input"}
-        logits = scorer.logits(slots, {name: value for name, value in inputs.items() if name in used})
+        logits = scorer.logits(slots, {name: value for name, value in inputs.items() if name in used}, own)
         out.append(logits[:real])
     return np.concatenate(out)

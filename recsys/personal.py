@@ -8,8 +8,8 @@ or a copy of its own that it has trained all along (:mod:`fedtower.recsys.ditto`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,49 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import vmap
 
-from fedtower.core.client import ClientSide
-from fedtower.core.plan import Plan
-from fedtower.recsys.ditto import own_view
 from fedtower.recsys.history import look_back
 from fedtower.recsys.learned import Learned
+from fedtower.recsys.own_model import Personal, own_view
 from fedtower.recsys.scorer import TILE, ModelScorer
 from fedtower.recsys.step import pure
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Personal:
-    """The model of each of C clients: ``parameters[name]`` (C, *shape), and the rows that it has tuned, jagged:
-    ``offsets`` (C+1,), ``ids`` and ``rows`` (R, W).
-    """
-
-    clients: IntArray
-    parameters: Mapping[str, FloatArray]
-    offsets: IntArray
-    ids: IntArray
-    rows: FloatArray
-
-    def overlay(self, places: IntArray, items: IntArray, rows: FloatArray) -> FloatArray:
-        """Of ``items`` (M, n) the ``rows`` (M, n, W), or those that the clients at ``places`` (M,) have tuned."""
-        if not len(self.ids):
-            return rows
-        width = int(max(items.max(initial=0), self.ids.max())) + 1
-        owners = np.repeat(np.arange(len(self.clients), dtype=np.int64), np.diff(self.offsets))
-        held, wanted = owners * width + self.ids, places[:, None] * width + items
-        at = np.minimum(np.searchsorted(held, wanted), len(held) - 1)
-        return np.where((held[at] == wanted)[..., None], self.rows[at], rows)
-
-
-def tune(plan: Plan, client: ClientSide, clients: IntArray) -> Personal:
-    """What one visit by ``plan`` makes of the model for each of ``clients``; nothing is sent, and nothing is kept."""
-    work = client.given(plan, clients)
-    updates, after = client.runtime.train(replace(plan, train_rows=True), work)
-    shared = {name: value[None] + updates.dense[name] for name, value in plan.parameters.items()}
-    (source, needed), *_ = work.row_ids.items()
-    rows = work.rows[source] + updates.rows[source].row_deltas
-    return Personal(clients, {**shared, **after}, needed.offsets, needed.ids, rows)
 
 
 def kept(learned: Learned, clients: IntArray) -> Personal:

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedtower.core.control import is_variate
 from fedtower.core.errors import DataError, RecipeError
 from fedtower.core.plan import LocalSettings, PublicSettings
 from fedtower.core.runtime import Work
 from fedtower.core.store import ClientStore
 from fedtower.recsys.central import common_rows, mean_loss
-from fedtower.recsys.ditto import PERSONAL
 from fedtower.recsys.models import Declared, array
+from fedtower.recsys.own_model import is_own
 from fedtower.recsys.tables import CloudTables
 from fedtower.recsys.tasks import Labelled, Task
 
@@ -49,7 +48,7 @@ class PublicRows:
                 '"public" and rows.public.warmup, or choose a model with tables'
             )
         # There is no round, so there is no drift, and nothing that a copy would be pulled to.
-        self._own = [name for name in declared.on_device if not is_variate(name) and not name.startswith(PERSONAL)]
+        self._own = [name for name in declared.on_device if is_own(name)]
         if self._own and isinstance(task, Labelled):
             raise RecipeError(
                 f"the parameters {', '.join(self._own)} live on devices, one value for each client, but a "

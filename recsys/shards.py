@@ -268,6 +268,10 @@ class ShardedExamples:
         offsets = np.array([0, len(held.labels)], dtype=np.int64)
         return Examples(np.zeros(1, dtype=np.int64), offsets, held.dense, held.categories, held.labels)
 
+    def held_out_by(self, client: int, role: Literal["validation", "test"]) -> Examples:
+        """The held-out examples of one shard."""
+        return self._examples([_shard_of(self.shards, client)], np.array([client], dtype=np.int64), role)
+
     def _examples(self, shards: list[Shard], clients: IntArray, part: str) -> Examples:
         columns = {
             name: np.concatenate(

@@ -13,9 +13,10 @@ from fedtower.core.control import CONTROL, OWN, is_variate
 from fedtower.core.errors import RecipeError, nearest
 from fedtower.core.plan import LocalSettings
 from fedtower.recsys.alternating import Alternating, resting
-from fedtower.recsys.ditto import PERSONAL, slopes_of_copies
+from fedtower.recsys.ditto import slopes_of_copies
 from fedtower.recsys.local_optimizers import LocalOptimizer, make_optimizer
 from fedtower.recsys.models import SharedTower
+from fedtower.recsys.own_model import PERSONAL
 from fedtower.recsys.phases import HEAD
 
 Tensors = Mapping[str, Tensor]

@@ -141,6 +141,11 @@ def make_task(data: Population | ExampleSet, recipe: Recipe, draws: Draws) -> Ta
     return Histories(ours, recipe, draws, replace(split, population=ours), public_task)
 
 
+def whose_models(recipe: Recipe) -> str:
+    """With what clients judge where ``evaluation.personal`` is set, in words."""
+    return "models fine-tuned" if recipe.local.ditto is None else "each client's own model"
+
+
 def _refuse_histories(recipe: Recipe, name: str) -> None:
     """Raise RecipeError where a recipe splits histories, or says what is drawn beside them, and the data holds labelled
     examples.
@@ -283,8 +288,7 @@ class Histories:
             found = replace(found, metrics={**found.metrics, **shown}, protocol_label=label)
         if not settings.personal or self.recipe.mode != "simulated":
             return found
-        whose = "models fine-tuned" if self.recipe.local.ditto is None else "each client's own model"
-        return replace(found, protocol_label=f"{found.protocol_label}, {whose}")
+        return replace(found, protocol_label=f"{found.protocol_label}, {whose_models(self.recipe)}")
 
 
 @dataclass(frozen=True)

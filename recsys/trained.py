@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fedtower.core.errors import RecipeError
 from fedtower.recsys.evaluation import Evaluation
 from fedtower.recsys.index_of_run import index_of, queries_of
+from fedtower.recsys.own_model import is_own
 from fedtower.recsys.retrieval import Index, candidates
 from fedtower.recsys.run_folder import RunFolder
 from fedtower.recsys.tasks import Histories, Ranking
@@ -53,7 +54,11 @@ class Trained:
     def evaluate(self, protocol: Ranking | None = None) -> Evaluation:
         """Measure on the test data, by the recipe's protocol or, of histories, by the one given (``sampled``,
         ``full``).
+
+        Raises:
+            RecipeError: a part of the model is on devices.
         """
+        self._refuse_in_part()
         return self.setting.task.judge(self.training.learned(), "test", protocol)
 
     def recommend(self, user: str, k: int = 10, *, exact: bool = False) -> list[Recommendation]:
@@ -63,7 +68,8 @@ class Trained:
         The run's index finds candidates, and the model scores those; ``exact``, or without an index, it scores all.
 
         Raises:
-            RecipeError: the run was on labelled examples, which have no items to recommend.
+            RecipeError: the run was on labelled examples, which have no items to recommend, or a part of the model is
+                on devices.
             CheckpointError: the run's index is damaged.
         """
         population = self._histories().population
@@ -74,6 +80,7 @@ class Trained:
 
     def best(self, user: str, k: int, *, exact: bool = False) -> tuple[IntArray, FloatArray]:
         """The items of :meth:`recommend` by number, and their scores, both ``(K,)`` with K at most ``k``."""
+        self._refuse_in_part()
         task, learned = self._histories(), self.training.learned()
         client = np.array([task.population.client_index(user)])
         events = task.population.events(client)
@@ -94,6 +101,15 @@ class Trained:
         order = np.argsort(-scores, kind="stable")[:k]
         order = order[np.isfinite(scores[order])]
         return items[order], scores[order]
+
+    def _refuse_in_part(self) -> None:
+        """Raise RecipeError where scores need what each device of a served run has trained and kept."""
+        own = [name for name in self.training.learned().declared.on_device if is_own(name)]
+        if own and self.setting.recipe.mode == "deployed":
+            raise RecipeError(
+                f"{', '.join(own)} of this model lives on the devices that trained it, and nobody here has it: what "
+                f"they said of the model is in `fedtower report {self.folder.path}`"
+            )
 
     def _histories(self) -> Histories:
         task = self.setting.task

@@ -34,7 +34,8 @@ from fedtower.recsys.ditto import with_copies
 from fedtower.recsys.evaluation import Evaluation, Role
 from fedtower.recsys.learned import Learned
 from fedtower.recsys.models import Declared
-from fedtower.recsys.personal import kept, tune
+from fedtower.recsys.own_model import tune
+from fedtower.recsys.personal import kept
 from fedtower.recsys.placed import placed
 from fedtower.recsys.processes import ALONE, Processes
 from fedtower.recsys.public_rows import PublicRows
@@ -258,10 +259,10 @@ class Federated:
 
     def learned(self) -> Learned:
         """The model as it stands."""
-        learned = self._model.learned(self._state.parameters)
-        if not self._setting.recipe.evaluation.personal:
+        learned, recipe = self._model.learned(self._state.parameters), self._setting.recipe
+        if not recipe.evaluation.personal or recipe.mode == "deployed":  # there devices make it their own
             return learned
-        if self._setting.recipe.local.ditto is not None:
+        if recipe.local.ditto is not None:
             return replace(learned, tuned=partial(kept, learned))
         return replace(learned, tuned=partial(tune, make_plan(self._state, self._parts), self._parts.client))
 
@@ -335,8 +336,8 @@ def _sampler_of(setting: Setting) -> Sampler:
         return sampler
     if recipe.mode == "deployed":
         raise RecipeError(
-            f"cohort.name = {recipe.cohort.part.name!r} has to know how many examples each client holds, and nobody "
-            f"knows that of devices until they have sent an update: set cohort.name = 'uniform'"
+            f"cohort.name = {recipe.cohort.part.name!r} has to know how many examples each client holds, and of devices"
+            f" it has only their word: one that claims most would be in every cohort; set cohort.name = 'uniform'"
         )
     return sampler.knowing(setting.task.examples_held)
 

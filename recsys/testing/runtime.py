@@ -18,8 +18,9 @@ from fedtower.core.runtime import RuntimeFactory, Work
 from fedtower.core.testing.promises import Promises, Untouched, assert_close, assert_same_bits, not_promised
 from fedtower.core.updates import Updates
 from fedtower.recsys.controls import with_controls
-from fedtower.recsys.ditto import PERSONAL, with_copies
+from fedtower.recsys.ditto import with_copies
 from fedtower.recsys.models import Declared
+from fedtower.recsys.own_model import PERSONAL
 from fedtower.recsys.phases import HEAD, phased
 from fedtower.recsys.step import make_loss
 from fedtower.recsys.testing.examples import Case, cases

@@ -17,7 +17,7 @@ NOT_ON_A_DEVICE = HEAVY | {"click", "rich"}
 # The floor of recsys that devices stand on too.
 STARRED = (
     *("vocabulary", "history", "batches", "negatives", "metrics", "evaluation"),
-    *("bundle", "device", "engine", "reranking", "visits", "shards", "on_device", "line"),
+    *("bundle", "device", "engine", "reranking", "visits", "shards", "on_device", "own_model", "line"),
     *("process_log", "running", "runlog", "status"),
 )
 

@@ -12,7 +12,8 @@ import pytest
 from fedtower.core.errors import RecipeError
 from fedtower.core.plan import LocalSettings, Plan
 from fedtower.core.testing.promises import assert_same_bits
-from fedtower.recsys.ditto import PERSONAL, with_copies
+from fedtower.recsys.ditto import with_copies
+from fedtower.recsys.own_model import PERSONAL
 from fedtower.recsys.personal import PersonalScorer
 from fedtower.recsys.tasks import Histories
 from fedtower.recsys.testing.examples import cases

@@ -13,6 +13,7 @@ import pytest
 
 import fedtower
 from fedtower.core.registry import discover
+from fedtower.core.round import make_plan
 from fedtower.core.rows import RowStore
 from fedtower.plugins.datasets.mnist.example import write as write_digits
 from fedtower.plugins.runtimes.mnn.device import format_of
@@ -21,11 +22,22 @@ from fedtower.recsys.bundle_of_run import export_run
 from fedtower.recsys.device import BundleScorer
 from fedtower.recsys.evaluation import MetricSum
 from fedtower.recsys.on_device import Held
+from fedtower.recsys.own_model import tuned
 from fedtower.recsys.run import Run
 from fedtower.recsys.shards import read_shard, write_shards
 from fedtower.recsys.splits import Split
+from fedtower.recsys.training import Federated
 
 REGISTRY = discover()
+HEADS = {
+    "local.on_device": ["out"],
+    "model.hidden": [8],
+    "cohort.size": 4,
+    "local.batch_size": 8,
+    "local.lr": 0.2,
+    "evaluation.every": 0,
+    "runtime.name": "torch_loop",
+}
 
 
 def devices(run: Run, folder: Path) -> tuple[Bundle, list[Held]]:
@@ -83,6 +95,38 @@ def test_newer_parameters_are_used_in_place_of_the_bundles(scored: tuple[Run, Bu
     )
 
 
+@pytest.fixture(scope="module")
+def tuning(small: Mapping[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, BundleScorer, list[Held]]:
+    """A run whose clients have heads of their own, and tune the model for themselves before they judge."""
+    folder = tmp_path_factory.mktemp("tuning")
+    own = {"model.user_vector": False, "local.on_device": ["second"], "local.steps": 2, "local.head_first": 1}
+    asked = {**own, "local.row_lr": 2.0, "evaluation.personal": True}
+    run = fedtower.run("dssm-synthetic", {**small, **asked, "rounds": 2}, runs=folder / "runs")
+    bundle, held = devices(run, folder)
+    return run, BundleScorer(bundle, format_of()), held
+
+
+@pytest.mark.parametrize("protocol", ["sampled", "full"])
+def test_devices_that_tune_rank_as_the_simulation_does(
+    tuning: tuple[Run, BundleScorer, list[Held]], protocol: Any
+) -> None:
+    run, scorer, held = tuning
+    training = run.trained.training
+    assert isinstance(training, Federated)
+    plan, settings = make_plan(training._state, training._parts), run.trained.setting.recipe.evaluation
+    asked, said, untuned = replace(settings, protocol=protocol), [], []
+    for device in held:
+        own, rows = tuned(plan, training._parts.client, device.client)
+        said.append(device.judge(scorer, rows, own, "test", asked))
+        untuned.append(device.judge(scorer, training.learned().rows, {}, "test", asked))
+    want = run.trained.evaluate(protocol).metrics
+    got = together(said)
+    assert len(got) > 3
+    for name, value in got.items():
+        assert value == pytest.approx(want[name], abs=1e-6), name
+    assert together(untuned) != got
+
+
 def test_devices_tell_digits_as_the_simulation_does(tmp_path: Path) -> None:
     digits = write_digits(tmp_path)
     overrides = {"data.path": digits["path"], "data.clients": 12, "data.validation_images": 30, "rounds": 2}
@@ -95,3 +139,29 @@ def test_devices_tell_digits_as_the_simulation_does(tmp_path: Path) -> None:
     assert set(got) == {"accuracy", "logloss"}
     for name, value in got.items():
         assert value == pytest.approx(want[name], abs=1e-6), name
+
+
+def test_devices_with_heads_of_their_own_tell_the_digits_that_they_know_as_the_simulation_does(tmp_path: Path) -> None:
+    digits = {"data.path": write_digits(tmp_path)["path"], "data.clients": 5, "data.partition": "shards"}
+    first = fedtower.run("fedavg-mnist-mlp", {**digits, **HEADS, "rounds": 1}, runs=tmp_path / "first")
+    devices(first, tmp_path)  # its shards
+    shards = {"data.name": "shards", "data.path": str(tmp_path / "shards"), "rounds": 2}
+    run = fedtower.run("fedavg-mnist-mlp", {**shards, **HEADS}, runs=tmp_path / "runs")
+    learned, settings = run.trained.training.learned(), run.trained.setting.recipe.evaluation
+    scorer = BundleScorer(
+        export_run(run.folder, tmp_path / "of shards", REGISTRY, formats=["onnx", "mnn"]), format_of()
+    )
+    said = []
+    for path in sorted((tmp_path / "shards").glob("client-*")):
+        device = Held(read_shard(path), run.trained.setting.draws)
+        own = {name: value[0].numpy() for name, value in learned.own(device.client).items()}
+        said.append(device.judge(scorer, None, own, "test", settings))
+    assert [{each.cases for each in sums.values()} for sums in said] == [{1}] * 5, "a device is one case"
+    got, want = together(said), run.trained.evaluate()
+    assert set(got) == set(want.metrics) == {"accuracy", "logloss"}
+    for name, value in got.items():
+        assert value == pytest.approx(want.metrics[name], abs=1e-6), name
+    held = read_shard(tmp_path / "shards" / "client-000000.safetensors").arrays
+    known = np.isin(held["test/labels"], held["training/labels"])
+    assert 0 < known.sum() < len(known)
+    assert want.users == 5

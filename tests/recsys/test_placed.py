@@ -22,8 +22,8 @@ from fedtower.core.registry import discover
 from fedtower.core.runtime import Work
 from fedtower.plugins.datasets.criteo import example as clicks
 from fedtower.plugins.datasets.mnist import example as digits
-from fedtower.recsys.ditto import own_view
 from fedtower.recsys.models import Declared, ExampleTower, Schema
+from fedtower.recsys.own_model import own_view
 from fedtower.recsys.phases import HEAD, phased
 from fedtower.recsys.placed import placed
 from fedtower.recsys.scorer import ModelScorer
@@ -242,18 +242,19 @@ def test_where_examples_are_nobody_s_a_client_is_judged_on_the_classes_that_it_h
     assert (found.protocol_label, found.users) == ("held-out examples of each client's classes", 6)
 
 
-def test_models_that_nobody_could_judge_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["simulated", "deployed"])
+def test_models_that_nobody_could_judge_are_refused(tmp_path: Path, mode: Any) -> None:
     given = [*(f"data.{name}={value!r}" for name, value in clicks.write(tmp_path).items()), "local.on_device=['wide']"]
     recipe = load_recipe("wide-deep-criteo", [each.replace("True", "true") for each in given], REGISTRY)
+    recipe = replace(recipe, mode=mode)
     draws = Draws(recipe.seed)
     rows = REGISTRY.make("dataset", recipe.data.part).load(draws=draws, progress=lambda message: None)
     with pytest.raises(RecipeError, match=r"wide\.bias to itself, and .* holds examples out for all clients together"):
         Federated(Setting(recipe, REGISTRY, make_task(rows, recipe, draws), Hooks.none(), draws, time.monotonic))
 
 
-def test_devices_that_keep_a_part_of_a_labelled_model_are_refused_as_they_would_judge_without_it(
-    tmp_path: Path,
-) -> None:
-    setting = digits_of(tmp_path, "local.on_device=['out']")
-    with pytest.raises(RecipeError, match=r"devices judge labelled examples .* out\.weight, out\.bias would stay"):
-        Federated(replace(setting, recipe=replace(setting.recipe, mode="deployed")))
+@pytest.mark.parametrize("mode", ["simulated", "deployed"])
+def test_what_is_tuned_before_it_is_judged_ranks_items(tmp_path: Path, mode: Any) -> None:
+    setting = digits_of(tmp_path, "local.on_device=['out']", "evaluation.personal=true")
+    with pytest.raises(RecipeError, match=r"needs held-out items of each client's own.* or local\.ditto"):
+        Federated(replace(setting, recipe=replace(setting.recipe, mode=mode)))

@@ -186,9 +186,9 @@ class GrpcLine:
         target = min(self.settings.target, len(chosen)) if self.settings.target else None
         return Cohort(round, chosen, int(chosen.max(initial=0)) + 1, target)
 
-    def judged(self, plan: Plan, role: Role) -> Mapping[str, MetricSum]:
+    def judged(self, plan: Plan, role: Role, visit: int | None = None) -> Mapping[str, MetricSum]:
         """Sums and counts over the devices that are there."""
-        side = replace(self.side, template=replace(self.side.template, evaluation=_with(self.side, role)))
+        side = replace(self.side, template=replace(self.side.template, evaluation=_with(self.side, role, visit)))
         return side.judged(plan, self._those_there())
 
     def committed(self, round: int) -> None:
@@ -267,5 +267,5 @@ def _template(opening: Opening) -> PublishedPlan:
     )
 
 
-def _with(side: TableSide, role: Role) -> dict[str, object]:
-    return {**side.template.evaluation, "role": role}
+def _with(side: TableSide, role: Role, visit: int | None) -> dict[str, object]:
+    return {**side.template.evaluation, "role": role, **({} if visit is None else {"visit": visit})}

@@ -39,6 +39,7 @@ from fedtower.plugins.transports.grpc.remote import RemoteRows
 from fedtower.recsys.bundle import Bundle, read_tensors, write_tensors
 from fedtower.recsys.evaluation import MetricSum
 from fedtower.recsys.on_device import Held
+from fedtower.recsys.own_model import judging, tuned
 from fedtower.recsys.shards import Shard
 
 _NOTHING = np.zeros(0, dtype=np.float32)
@@ -197,14 +198,18 @@ class Visitor:
         alive: Callable[[], None],
     ) -> dict[str, MetricSum]:
         asked = dict(published.evaluation)
-        role = asked.pop("role", "validation")
+        role, visit = asked.pop("role", "validation"), asked.pop("visit", None)
         if role not in ("validation", "test"):
             raise Refused(Reason.CORRUPT, f"the plan asks for an evaluation of {role!r}")
         settings = build(EvaluationSettings, asked, path="the plan's evaluation")
         scorer = self.engines.scorer(bundle, plan.parameters)
-        own = dict(self._kept(published, bundle).snapshot())
         with self.engines.alone():
             alive()  # in a swarm it may have been long until it was this device's turn
+            if visit is not None:
+                side = self._side(published, bundle, plan, held, rows)
+                own, own_rows = tuned(replace(plan, round=_round(visit)), side, held.client)
+                return held.judge(scorer, own_rows, own, role, settings)
+            own = judging(self._kept(published, bundle).snapshot(), personal=settings.personal)
             return held.judge(scorer, rows if published.rows else None, own, role, settings)
 
     def _kept(self, published: PublishedPlan, bundle: Bundle) -> KeptOnDevice:
@@ -305,6 +310,12 @@ class Visitor:
             yield check
         finally:
             done.set()
+
+
+def _round(visit: object) -> int:
+    if not isinstance(visit, int) or isinstance(visit, bool) or visit < 1:
+        raise Refused(Reason.CORRUPT, f"the plan asks for the visit of round {visit!r} before an evaluation")
+    return visit
 
 
 def _link(held: Path, name: Path) -> None:

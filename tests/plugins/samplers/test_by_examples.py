@@ -119,5 +119,5 @@ def test_an_aggregator_that_weighs_by_examples_again_is_refused(weighing: str) -
 
 
 def test_over_devices_nobody_knows_how_many_they_hold() -> None:
-    with pytest.raises(RecipeError, match="until they have sent an update"):
+    with pytest.raises(RecipeError, match="one that claims most would be in every cohort"):
         Federated(setting("aggregator.weights=equal", "mode=deployed"))
