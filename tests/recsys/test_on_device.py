@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 import fedtower
+from fedtower.core.draws import Draws
 from fedtower.core.registry import discover
 from fedtower.core.round import make_plan
 from fedtower.core.rows import RowStore
+from fedtower.plugins.datasets.mnist.dataset import MNIST
 from fedtower.plugins.datasets.mnist.example import write as write_digits
 from fedtower.plugins.runtimes.mnn.device import format_of
 from fedtower.recsys.bundle import Bundle
@@ -142,9 +144,9 @@ def test_devices_tell_digits_as_the_simulation_does(tmp_path: Path) -> None:
 
 
 def test_devices_with_heads_of_their_own_tell_the_digits_that_they_know_as_the_simulation_does(tmp_path: Path) -> None:
-    digits = {"data.path": write_digits(tmp_path)["path"], "data.clients": 5, "data.partition": "shards"}
-    first = fedtower.run("fedavg-mnist-mlp", {**digits, **HEADS, "rounds": 1}, runs=tmp_path / "first")
-    devices(first, tmp_path)  # its shards
+    digits = MNIST(Path(write_digits(tmp_path)["path"]), clients=5, partition="shards", validation_images=30)
+    images = digits.load(draws=Draws(3), progress=lambda message: None)
+    write_shards(tmp_path / "shards", images, None, np.arange(5), lambda done: None)
     shards = {"data.name": "shards", "data.path": str(tmp_path / "shards"), "rounds": 2}
     run = fedtower.run("fedavg-mnist-mlp", {**shards, **HEADS}, runs=tmp_path / "runs")
     learned, settings = run.trained.training.learned(), run.trained.setting.recipe.evaluation
