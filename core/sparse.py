@@ -73,7 +73,8 @@ def parted(part: Encoded) -> tuple[list[bytes], list[IntArray], list[Bytes]]:
 
 def encode_places(places: IntArray, size: int | None = None) -> bytes:
     """Rising places as bytes; those of rows of a table, whose ``size`` a device does not know, are always gaps."""
-    gaps = np.diff(places, prepend=-1) - 1
+    gaps = places.copy()
+    gaps[1:] -= places[:-1] + 1
     width = max(int(gaps.max(initial=0)).bit_length(), 1)
     lengths = {GAPS: 1 + -(-len(places) * width // 8)}
     if size is not None:
