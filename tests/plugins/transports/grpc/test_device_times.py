@@ -49,8 +49,13 @@ async def round_of(federation: Federation, side: TableSide, round: int, story: A
             federation.reasons.append(str(reason))
 
     reading = asyncio.get_running_loop().run_in_executor(None, read)
-    await story()
-    await reading
+    try:
+        await story()
+    except BaseException:
+        side.journal.advance(side.epoch, round, "train", "abandoned", "the test failed")
+        raise
+    finally:
+        await reading
 
 
 async def bad(federation: Federation, client: int, kind: str) -> None:
