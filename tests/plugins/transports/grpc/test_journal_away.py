@@ -90,12 +90,15 @@ def test_who_asks_behind_a_question_without_an_answer_is_told_at_once() -> None:
     async def story() -> None:
         answer, asked = Event(), list[int]()
         reads = JournalReads(0.2)
-        with pytest.raises(Busy):
-            await reads.ask(answer.wait)
-        second = asyncio.ensure_future(reads.ask(lambda: asked.append(1)))
-        await asyncio.sleep(0)
-        assert isinstance(second.exception(), Busy)
-        answer.set()
+        try:
+            with pytest.raises(Busy):
+                await reads.ask(answer.wait)
+            second = asyncio.ensure_future(reads.ask(lambda: asked.append(1)))
+            await asyncio.sleep(0)
+            assert second.done()
+            assert isinstance(second.exception(), Busy)
+        finally:
+            answer.set()
         assert await again(lambda: reads.ask(lambda: 7)) == 7
         assert asked == []
 
