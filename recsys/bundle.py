@@ -363,9 +363,10 @@ def _initial(values: Mapping[str, Any]) -> Initial:
 
 
 def _made(cls: type[LocalSettings], values: Mapping[str, Any], what: str) -> LocalSettings:
-    known = {each.name for each in fields(cls)}
-    if set(values) != known:
-        raise ValueError(f"{what} must hold {sorted(known)}, but holds {sorted(values)}")
+    unknown = sorted(set(values) - {each.name for each in fields(cls)})
+    if unknown:
+        raise ValueError(f"{what} holds {unknown}, which this fedtower does not know: a newer one exported it")
+    # A setting that is not there is one that there was not yet: its default does what was done before.
     return build(cls, {name: value for name, value in values.items() if value is not None}, path=what)
 
 

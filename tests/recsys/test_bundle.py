@@ -129,6 +129,15 @@ def test_a_manifest_that_does_not_hold_together_is_refused(
         Bundle.open(folder)
 
 
+def test_a_bundle_from_before_there_was_a_setting_has_its_default(folder: Path) -> None:
+    today = Bundle.open(folder).manifest.settings
+    rewrite(folder, lambda values: values["local"].pop("head_first"))
+    assert Bundle.open(folder).manifest.settings == today
+    rewrite(folder, lambda values: values["local"].update(invented_later=1))
+    with pytest.raises(BundleError, match=r"local holds \['invented_later'\], .*: a newer one exported it"):
+        Bundle.open(folder)
+
+
 @pytest.mark.parametrize("text", ["", "nonsense", "[]", "{}", '{"format": 1}', "[" * 100_000, "\xff"])
 def test_a_manifest_that_is_none_is_refused(folder: Path, text: str) -> None:
     (folder / MANIFEST).write_bytes(text.encode("latin-1"))
