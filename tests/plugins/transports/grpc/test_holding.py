@@ -26,7 +26,7 @@ from fedtower.plugins.transports.grpc.cache import ArtefactCache
 from fedtower.plugins.transports.grpc.holding import Fetching, Holding, come_by
 from fedtower.plugins.transports.grpc.plans import Messages, PublishedPlan, decode_plan, encode_plan
 from fedtower.plugins.transports.grpc.refusals import Reason, Refused
-from fedtower.plugins.transports.grpc.table import TableSide
+from fedtower.plugins.transports.grpc.table import TableSide, Terms
 
 DRAWS = Draws(3)
 SHAPES = {"w": (40, 25), "b": (3,)}
@@ -77,7 +77,7 @@ class Server:
         template = PublishedPlan("f", 0, 1, bundle, (), (), LocalSettings(steps=1), run="run")
         template = replace(template, messages=Messages(self.download))
         nobody: Any = None
-        side = TableSide(self.folder, nobody, 1, nobody, template, nobody, said=pytest.fail)
+        side = TableSide(self.folder, nobody, 1, nobody, template, Terms(9.0, 3.0, 9.0, 1.0), said=pytest.fail)
         return decode_plan(encode_plan(side._published(self.made[-1])))
 
 
