@@ -92,9 +92,10 @@ def test_newer_parameters_are_used_in_place_of_the_bundles(scored: tuple[Run, Bu
     nothing = {name: np.zeros_like(value) for name, value in learned.parameters.items()}
     flat = BundleScorer(scorer.bundle, scorer.format, newer=nothing)
     own = {name: value[0].numpy() for name, value in learned.own(held[0].client).items()}
-    assert held[0].judge(flat, learned.rows, own, "test", settings) != held[0].judge(
-        scorer, learned.rows, own, "test", settings
-    )
+    judged = held[0].judge(flat, learned.rows, own, "test", settings)
+    assert judged != held[0].judge(scorer, learned.rows, own, "test", settings)
+    # So are a device's own in place of those, as its copies of what is shared are.
+    assert judged == held[0].judge(scorer, learned.rows, {**own, **nothing}, "test", settings)
 
 
 @pytest.fixture(scope="module")

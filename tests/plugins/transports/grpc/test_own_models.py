@@ -128,6 +128,7 @@ def test_devices_with_heads_of_their_own_tune_and_judge_as_their_simulation_does
         load(both.devices.folder).evaluate()
 
 
+@pytest.mark.soak
 def test_devices_with_copies_of_their_own_judge_those_as_their_simulation_does(ground: Ground) -> None:
     both = Both.of(ground, "ditto", {**HISTORIES, **DITTO})
     both.assert_same()
