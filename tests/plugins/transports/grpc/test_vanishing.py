@@ -211,9 +211,10 @@ def check(trial: Trial, seen: Seen) -> None:
         else:
             # What a device was told is taken counts, and so may what it never heard of.
             assert counted >= max(seen.done[round, "train"], trial.quorum * trial.target), round
-    # What vanished devices had done, and what came late, was for nothing; the rest was not.
+    # How much was for nothing is a matter of chance: who vanishes before a first heartbeat was heard of once.
     worked, wasted = (sum(each.get(f"{name}_seconds", 0.0) for each in seen.rounds) for name in ("device", "wasted"))
-    assert 0 < wasted < worked
+    assert worked > 0
+    assert 0 <= wasted <= worked
     # Devices that vanish keep no evaluation waiting, and the others are heard.
     assert {each["role"] for each in seen.evaluations} == {"validation", "test"}
     assert all(0 < each["users"] < trial.devices for each in seen.evaluations)
