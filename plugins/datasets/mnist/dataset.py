@@ -98,8 +98,9 @@ class MNIST:
             if place.is_dir():
                 return place
         raise DataError(
-            f"MNIST is not on this machine: looked for {' and '.join(map(str, places))}. Put the four files "
-            f"(train-images-idx3-ubyte and so on, plain or .gz) into one of them, or set data.path to their folder"
+            f"MNIST is not on this machine: looked for {' and '.join(map(str, places))}. Put its four files "
+            f"(train-images-idx3-ubyte and so on, plain or .gz) there, or set FEDTOWER_DATA to the folder that holds "
+            f"mnist/, or data.path to mnist itself"
         )
 
     def _shared_out(self, labels: FloatArray, draws: Draws) -> tuple[IntArray, IntArray]:
