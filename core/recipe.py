@@ -449,16 +449,18 @@ SECTION_OF = {
 def _read(name_or_path: str | Path, registry: Registry) -> tuple[str, str]:
     """The text of a recipe, and what to call it."""
     path = Path(name_or_path)
+    offered = [offer.name for offer in registry.offers("recipe")]
+    if name_or_path not in offered and (path / "recipe.toml").is_file():
+        raise RecipeError(f"{path} is a folder; to train anew what it holds, give its recipe: {path / 'recipe.toml'}")
     if isinstance(name_or_path, str) and path.suffix != ".toml":
         offer = registry.get("recipe", name_or_path)
         return read_target(offer), f"the recipe {offer.name}"
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        names = [offer.name for offer in registry.offers("recipe")]
         raise RecipeError(
-            f"the recipe {path} cannot be read ({error}); give a .toml file, or one of {', '.join(names) or 'no names'}"
-            f"{nearest(path.stem, names)}"
+            f"the recipe {path} cannot be read ({error}); give a .toml file, or one of "
+            f"{', '.join(offered) or 'no names'}{nearest(path.stem, offered)}"
         ) from error
     registry.use_folder(path.parent)
     return text, str(path)

@@ -52,7 +52,7 @@ class Bench:
         """
         for number, task in enumerate(tasks, start=1):
             held = self._held(task)
-            if held is not None and _is_finished(held):
+            if held is not None and held.is_finished():
                 finished = self._read(task, held)
                 watcher.ended(task, finished, number, len(tasks), before=True)
             else:
@@ -71,7 +71,7 @@ class Bench:
             except RecipeError:  # these options are not for this entry, so no run of it is of them
                 continue
             held = self._held(task)
-            if held is not None and _is_finished(held):
+            if held is not None and held.is_finished():
                 found.append(self._read(task, held))
         return found
 
@@ -105,7 +105,7 @@ class Bench:
         """The newest run of just this recipe, finished if there is one."""
         folders = (self.folder / "runs").glob(f"{task.name}-*/recipe.toml")
         same = [run for run in (RunFolder.open(path.parent) for path in folders) if self._recipe_of(run) == task.recipe]
-        return max(same, key=lambda run: (_is_finished(run), run.path.stat().st_mtime), default=None)
+        return max(same, key=lambda run: (run.is_finished(), run.path.stat().st_mtime), default=None)
 
     def _read(self, task: Task, folder: RunFolder) -> Finished:
         columns = [column for layout in self.suite.tables for column in layout.all_columns]
@@ -126,7 +126,3 @@ def _seeds_of(entry: Entry, names: Iterable[str]) -> list[int]:
     """The seeds of an entry that folders are named by."""
     told = (re.fullmatch(rf"{re.escape(entry.name)}-s(-?\d+)-\d+", name) for name in names)
     return sorted({int(match[1]) for match in told if match})
-
-
-def _is_finished(folder: RunFolder) -> bool:
-    return (folder.path / "summary.json").is_file() and RunLog(folder.path).record().finished is not None

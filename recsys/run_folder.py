@@ -24,6 +24,7 @@ from fedtower.core.errors import CheckpointError, RecipeError
 from fedtower.core.folders import make_folder
 from fedtower.core.recipe import Recipe, parse_recipe
 from fedtower.core.registry import Registry
+from fedtower.recsys.runlog import RunLog
 
 _LIBRARIES = ("fedtower", "numpy", "pandas", "torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu")
 
@@ -110,6 +111,10 @@ class RunFolder:
     def has_checkpoint(self) -> bool:
         """Whether there is something to go on from."""
         return bool(list_checkpoints(self.checkpoints))
+
+    def is_finished(self) -> bool:
+        """Whether the run came to its end, and its summary was written."""
+        return (self.path / "summary.json").is_file() and RunLog(self.path).record().finished is not None
 
     def federation(self) -> Federation:
         """The federation that this run is served as.

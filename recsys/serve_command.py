@@ -126,6 +126,10 @@ def serve_recipe(
     console = Console(highlight=False)
     with hold() as tether:
         folder, loaded = opened(name, overrides, runs, keys, registry, tether)
+        if folder.is_finished():
+            console.print(f"{folder.path} is finished: there is nothing more for devices to do", soft_wrap=True)
+            console.print(f"next: fedtower report {folder.path}", soft_wrap=True)
+            return
         console.print(f"run: {folder.path}\ndevices call {host}:{door.port}", soft_wrap=True)
         if door.status_port is not None:
             console.print(f"live page: {door.page}", soft_wrap=True)

@@ -157,7 +157,8 @@ class Worker:
         if len(self._deaths) >= _MOST_DEATHS:
             raise ServingError(
                 f"the {self.name} process ended {how}, {_MOST_DEATHS} times within {_WITHIN_SECONDS:g} seconds; what "
-                f"it said stands above. Nothing that was acknowledged is lost: `fedtower resume` goes on"
+                f"it said stands above. Nothing that was acknowledged is lost: `fedtower serve` goes on with the run's "
+                f"folder"
             )
         said(f"the {self.name} process ended {how}; it is started again")
         self._process, self._not_before = None, now + 0.05 * (2 ** len(self._deaths) - 1)

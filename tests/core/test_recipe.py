@@ -135,6 +135,12 @@ def test_a_file_that_is_not_there_names_what_is(tmp_path: Path, registry: Regist
         load_recipe(tmp_path / "nothing.toml", registry=registry)
 
 
+def test_a_run_folder_is_told_where_its_recipe_is(tmp_path: Path, registry: Registry) -> None:
+    (tmp_path / "recipe.toml").write_text("rounds = 3\n")
+    with pytest.raises(RecipeError, match=r"is a folder; .* give its recipe: .*recipe\.toml"):
+        load_recipe(str(tmp_path), registry=registry)
+
+
 @pytest.mark.parametrize("content", [b"rounds = = 3", b"\xff\xfe"])
 def test_a_file_that_is_not_toml_is_refused(tmp_path: Path, registry: Registry, content: bytes) -> None:
     (tmp_path / "bad.toml").write_bytes(content)

@@ -73,6 +73,15 @@ def test_a_deployed_run_has_the_numbers_of_a_simulated_one(ground: Ground, undis
         assert figure == pytest.approx(simulated.metrics[name], abs=1e-6), name
 
 
+def test_a_finished_run_is_not_served_again(
+    ground: Ground, undisturbed: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = newest(undisturbed.folder)
+    assert call(["serve", str(undisturbed.folder), "--port", "0", "--keys", str(ground.folder / "keys")]) == 0
+    assert "is finished: there is nothing more for devices to do" in capsys.readouterr().out
+    assert newest(undisturbed.folder).keys() == before.keys()
+
+
 def read_first(folder: Path, name: str) -> Any:
     """A parameter after half of the rounds."""
     return read_checkpoint(folder / "checkpoints", ROUNDS // 2)[name]
