@@ -82,6 +82,7 @@ def test_visits_that_were_refused_late_or_silent_are_told_once_and_as_waste(fede
 
     async def first() -> None:
         slow = await federation.lease(3)
+        await federation.rows(slow, 3)  # its update is a good one, and late
         clock.seconds += 10.0  # 1010
         await federation.good(0)
         leases = [await federation.lease(client) for client in (1, 2)]
@@ -146,6 +147,7 @@ def test_what_a_lease_that_ran_out_has_told_is_not_told_again(federation: Federa
     async def story() -> None:
         async def first() -> None:
             late.append(await federation.lease(3))
+            await federation.rows(late[0], 3)
             clock.seconds += 7.0
             await federation.intake.heartbeat(caller(3), pb.HeartbeatRequest(lease=late[0].lease).SerializeToString())
             clock.seconds += 80.0
