@@ -59,7 +59,7 @@ def postgresql() -> Iterator[Server]:
 
 
 @pytest.mark.parametrize(
-    ("rounds", "of_intake", "of_table"), [(4, 18, 2), pytest.param(50, 150, 50, marks=pytest.mark.soak)]
+    ("rounds", "of_intake", "of_table"), [(4, 10, 2), pytest.param(50, 150, 50, marks=pytest.mark.soak)]
 )
 def test_what_was_acknowledged_counts_once_whoever_is_killed(
     ground: Ground, rounds: int, of_intake: int, of_table: int, capsys: pytest.CaptureFixture[str]

@@ -119,6 +119,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
     return Ground.make(tmp_path_factory.mktemp("own"), "dssm-synthetic", HISTORIES, CLIENTS)
 
 
+@pytest.mark.soak
 def test_devices_with_heads_of_their_own_tune_and_judge_as_their_simulation_does(ground: Ground) -> None:
     both = Both.of(ground, "fedrep", {**HISTORIES, **FEDREP})
     both.assert_same()
