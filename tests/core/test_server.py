@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,31 +14,10 @@ from fedtower.core.plan import PublicSettings, RowSettings
 from fedtower.core.server import Schedule, ServerState, averaged, step
 from fedtower.core.updates import Rows, Updates
 from fedtower.plugins.server_optimizers.sgd import SGD
+from tests.core.small_round import Table
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
-
-
-class Table:
-    """Four rows of one column, moved by lr_scale times their delta."""
-
-    def __init__(self) -> None:
-        self.rows = np.zeros((4, 1), dtype=np.float32)
-        self.generation = 0
-
-    def fetch(self, source: str, ids: IntArray) -> FloatArray:
-        return self.rows[ids]
-
-    def apply(self, deltas: Mapping[str, tuple[IntArray, FloatArray]], lr_scale: float) -> None:
-        ids, delta = deltas["item"]
-        self.rows[ids] += np.float32(lr_scale) * delta
-        self.generation += 1
-
-    def snapshot(self) -> Mapping[str, NDArray[Any]]:
-        return {"rows": self.rows.copy()}
-
-    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        self.rows = np.array(arrays["rows"])
 
 
 def rows() -> Rows:
